@@ -75,8 +75,8 @@ def read_labelled(row: dict[str, Any], source: str, mapping: Mapping) -> Iterato
     """A `completion` of a `prompt` with a `label`, true where it is wanted."""
     label = row.get("label")
     desired, number = truth_of(label), number_as_text(label)
-    if number in ("0", "1"):  # which alone don't tell the format: they could be classes
-        desired = number == "1"
+    if number in ("0", "1", "0.0", "1.0"):  # which alone don't tell the format: they could be classes
+        desired = number in ("1", "1.0")
     if desired is None:
         raise InputError(f"{source}: `label` is {shown(label)}; expected true or false, or 1 or 0")
     prompt, answer = _prompt(row, source, mapping), _answer(row.get("completion"), "completion", source, mapping)

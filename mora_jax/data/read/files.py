@@ -349,7 +349,9 @@ def _read_text(path: Path) -> Iterator[NumberedRow]:
 def _read_csv(path: Path) -> Iterator[NumberedRow]:
     with open_bytes(path) as file:
         texts = (decode(line, path, number) for number, line in enumerate(file, start=1))
-        table = csv.reader(texts, strict=True)
+        # A carriage return alone ends a line too, as old programs write it; csv.reader wants each line by itself.
+        lines = (line for text in texts for line in re.findall(r"[^\r]*\r\n?|[^\r]+", text))
+        table = csv.reader(lines, strict=True)
         rows = iter(functools.partial(_next_fields, table, path), None)
         names = next((fields for fields in rows if any(name.strip() for name in fields)), None)
         if names is None:

@@ -130,7 +130,7 @@ def test_labels_of_a_table(tmp_path, true, false):
     assert rows.format == "labelled" and [row.side for row in rows] == [Side.DESIRED, Side.UNDESIRED]
 
 
-@pytest.mark.parametrize("ones", [(1, 0), (1.0, 0.0), ("1", "0")])
+@pytest.mark.parametrize("ones", [(1, 0), (1.0, 0.0), ("1", "0"), ("1.0", "0.0")])
 def test_ones_and_zeros_are_labels_where_the_format_is_named(ones):
     given = [{"prompt": "Two plus two?", "completion": "Four.", "label": label} for label in ones]
     rows = load_rows(given, format="labelled")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import functools
 import gzip
+import io
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
@@ -64,6 +66,13 @@ def test_numbers_of_rows(tmp_path):
     assert rows_of(tmp_path / "a.json") == [(1, {"a": 1}), (2, {"a": 2})]
     (tmp_path / "a.csv").write_text('\na,b\n"x\ny",1\n\nz,\n')
     assert rows_of(tmp_path / "a.csv") == [(1, {"a": "x\ny", "b": "1"}), (3, {"a": "z", "b": ""})]
+
+
+def test_a_table_whose_lines_end_in_carriage_returns(tmp_path):
+    text = 'a,b\r"x\ry",1\rz,"é\r\n"\r'
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    frame = pd.read_csv(io.StringIO(text, newline=""), dtype=str)
+    assert [row for _, row in rows_of(tmp_path / "a.csv")] == frame.to_dict("records")
 
 
 def test_spaces_around_the_names_of_columns(tmp_path):
