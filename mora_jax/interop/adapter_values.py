@@ -38,7 +38,7 @@ def lora_of(a: np.ndarray, b: np.ndarray, scaling: float = 1.0, dropout: float =
     """LoRA of the factors `a [in, r]` and `b [r, out]`, whose product times `scaling` is the update."""
     rank = a.shape[1]
     config = LoRAConfig(rank=rank, alpha=scaling * rank, dropout=dropout)
-    return AdapterValues(config, {"lora_a": a, "lora_b": b, "scaling": np.asarray(scaling, np.float32)})
+    return AdapterValues(config, {"lora_a": a, "lora_b": b, "scaling": np.asarray(scaling)})
 
 
 ValuesByPath = Mapping[str, AdapterValues]

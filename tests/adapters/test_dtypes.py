@@ -15,6 +15,10 @@ from mora_jax.adapters.attach import adapters_of
 from mora_jax.adapters.base import magnitude_gain
 from mora_jax.adapters.methods.registry import METHODS
 from mora_jax.adapters.sites import sites
+from mora_jax.interop.adapter_values import install
+from mora_jax.interop.convert import convert_to_lora, convert_to_mora
+from mora_jax.interop.convert.combine import combine
+from mora_jax.interop.read_adapter import values_of
 from tests.adapters.formulas import FORMULAS
 from tests.adapters.made import config_from
 
@@ -212,3 +216,36 @@ def test_folders_keep_float64(tmp_path, name):
     mj.load_adapter(narrow, tmp_path / "adapter")
     assert narrow.up(x.astype(np.float32)).dtype == jnp.float32
     np.testing.assert_allclose(narrow.up(x.astype(np.float32)), y, rtol=1e-4, atol=1e-4)
+
+
+def layer_of(name):
+    """A float64 layer with an adapter of random values, and what the layer computes."""
+    layer = nnx.Dict(up=LAYERS["linear"](rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64))
+    mj.attach(layer, CONFIGS[name], rngs=nnx.Rngs(1))
+    nnx.update(layer, jax.tree.map(lambda a: a + 0.1 * draw(*a.shape), nnx.state(layer, mj.AdapterParam)))
+    return layer, np.asarray(layer.up(draw(4, IN)))
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "mora", "rotation", "dora", "hira", "oft"])
+def test_conversions_keep_float64(name):
+    layer, y = layer_of(name)
+    assert convert_to_lora(layer, rank=6).error < 1e-13
+    np.testing.assert_allclose(layer.up(draw(4, IN)), y, rtol=1e-12, atol=1e-12)
+    if name not in ("mora", "rotation"):
+        return
+    layer, y = layer_of(name)
+    assert convert_to_mora(layer, kind=CONFIGS[name].kind, rank=2).error < 1e-12
+    np.testing.assert_allclose(layer.up(draw(4, IN)), y, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "how"), [("lora", "cat"), ("lora", "svd"), ("mora", "sum")])
+def test_combinations_keep_float64(name, how):
+    (one, y), (other, _) = layer_of(name), layer_of(name)
+    other.up.adapter.scaling.set_value(0.7 * other.up.adapter.scaling.get_value())
+    x, adapters = draw(4, IN), {"one": values_of(one), "other": values_of(other)}
+    mj.detach(other)
+    base = np.asarray(other.up(x))
+    by_path, conversion = combine(other, adapters, {"one": 0.3, "other": -1.1}, how)
+    install(other, by_path)
+    assert conversion.error < 1e-13
+    np.testing.assert_allclose(other.up(x), base + (0.3 - 1.1 * 0.7) * (y - base), rtol=1e-12, atol=1e-12)

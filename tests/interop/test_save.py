@@ -238,3 +238,14 @@ def test_a_bias_with_turned_axes_comes_back(config, tmp_path):
     np.testing.assert_allclose(again.out(x), expected, atol=1e-6)
     mj.merge(again)
     np.testing.assert_allclose(again.out(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [mj.MoRAConfig(rank=2, targets=".*"), mj.AdaLoRAConfig(targets=".*")])
+def test_a_scaling_that_files_do_not_hold_is_refused(config, tmp_path):
+    layer = nnx.Dict(up=nnx.Linear(8, 6, rngs=nnx.Rngs(0)))
+    mj.attach(layer, config, rngs=nnx.Rngs(1))
+    mj.save_adapter(layer, tmp_path / "adapter")
+    layer.up.adapter.scaling[...] = 0.5 * layer.up.adapter.scaling[...]
+    with pytest.raises(mj.InputError, match="up has scaling .*, and files of .* hold none but"):
+        mj.save_adapter(layer, tmp_path / "scaled")
+    assert not (tmp_path / "scaled").exists()

@@ -5,7 +5,7 @@
 | `cat`       | LoRA | the weighted sum Σ wᵢ ΔWᵢ, exactly: factors side by side, rank Σ rᵢ        |
 | `svd`       | LoRA | the LoRA of a given rank nearest to that sum (Eckart and Young, 1936)      |
 | `linear`    | LoRA | A = Σ ±√(wᵢ sᵢ) Aᵢ, B = Σ √(wᵢ sᵢ) Bᵢ, as in PEFT; equal ranks only        |
-| `sum`       | MoRA | M = Σ wᵢ Mᵢ: the weighted sum, exactly, every kind's update being linear   |
+| `sum`       | MoRA | M = Σ wᵢ sᵢ Mᵢ: the weighted sum, exactly: every kind's update is linear |
 
 `linear` is not the weighted sum: its product has the cross terms Aᵢ Bⱼ too. Scalings sᵢ go into the factors, and what
 comes out has scaling 1.
@@ -87,7 +87,7 @@ def combine(
 
 def _factors(terms: Terms) -> tuple[np.ndarray, np.ndarray]:
     """Σ wᵢ sᵢ Aᵢ Bᵢ as one product `a [in, Σ r] @ b [Σ r, out]`."""
-    a = [weight * float(one.values["scaling"]) * one.values["lora_a"] for weight, one in terms]
+    a = [float(weight * one.values["scaling"]) * one.values["lora_a"] for weight, one in terms]
     return np.concatenate(a, axis=1), np.concatenate([one.values["lora_b"] for _, one in terms])
 
 
@@ -104,8 +104,9 @@ def _linear(path: str, in_features: int, out_features: int, terms: Terms, dropou
     if len(ranks) > 1:
         raise InputError(f"{path}: linear needs equal ranks, not {' and '.join(map(str, ranks))}; use cat or svd")
     factors = [weight * float(adapter_values.values["scaling"]) for weight, adapter_values in terms]
-    roots = np.sqrt(np.abs(factors)).astype(np.float32)
-    signs = np.sign(factors).astype(np.float32)
+    # Python's numbers leave arrays their precision.
+    roots = np.sqrt(np.abs(factors)).tolist()
+    signs = np.sign(factors).tolist()
     lora_a = np.sum([s * r * x.values["lora_a"] for s, r, (_, x) in zip(signs, roots, terms, strict=True)], axis=0)
     lora_b = np.sum([r * x.values["lora_b"] for r, (_, x) in zip(roots, terms, strict=True)], axis=0)
     a, b = _factors(terms)
@@ -118,7 +119,7 @@ def _sum(path: str, in_features: int, out_features: int, terms: Terms, dropout: 
     sides = sorted({len(adapter_values.values["m"]) for _, adapter_values in terms})
     if len(sides) > 1:
         raise InputError(f"{path}: MoRA's matrices have sides {' and '.join(map(str, sides))}, which can't be added")
-    m = np.sum([np.float32(weight) * adapter_values.values["m"] for weight, adapter_values in terms], axis=0)
+    m = np.sum([float(weight * x.values["scaling"]) * x.values["m"] for weight, x in terms], axis=0)
     config = replace(terms[0][1].config, dropout=dropout)
     norm = float(jnp.linalg.norm(mora.delta_weight(jnp.asarray(m), in_features, out_features, config.kind)))
     values = {"m": m, "scaling": np.ones((), np.float32)}

@@ -35,14 +35,15 @@ def exact_factors(m: Array, in_features: int, out_features: int, kind: str) -> t
         return None
     q = len(m)
     owners = _owners(out_features, q, kind)
-    return _compression(in_features, q, kind), np.where(owners >= 0, m.T[:, owners], 0).astype(np.float32)
+    return _compression(in_features, q, kind), np.where(owners >= 0, m.T[:, owners], 0).astype(m.dtype)
 
 
 def nearest_m(delta: Array, q: int, kind: str) -> Array:
-    """The `m [q, q]` whose update comes nearest to `delta [in, out]` in the Frobenius norm, float32."""
-    delta = np.asarray(delta, np.float64)
+    """The `m [q, q]` whose update comes nearest to `delta [in, out]` in the Frobenius norm, float32, or float64 as
+    `delta`."""
+    dtype, delta = np.result_type(np.float32, delta), np.asarray(delta, np.float64)
     nearest = _nearest_blocks(delta, q, kind) if kind in BLOCK_KINDS else _nearest_product(delta, q, kind)
-    return np.ascontiguousarray(nearest.T, np.float32)
+    return np.ascontiguousarray(nearest.T, dtype)
 
 
 def _owners(out_features: int, q: int, kind: str) -> Array:

@@ -29,7 +29,7 @@ class Update:
         in_features, out_features: sizes of the matrix.
         is_embedding: whether it is an embedding table.
         what: the method and kind that it comes from, for messages.
-        kernel: gives the dense change, float32 `[in, out]`.
+        kernel: gives the dense change `[in, out]`, float32, or float64 where the adapter is.
         product: gives `a [in, k]` and `b [k, out]`, whose product times `scaling` is the change; None where the change
             has full rank.
         exact_rank: the smallest rank of a LoRA that is exact whatever the values; None where the change has full rank.
@@ -96,12 +96,13 @@ def _update(entry: AdapterEntry, place: Site, layer: int) -> Update:
 
 
 def _change_of_kernel(config: Any, params: dict[str, jax.Array], place: Site, layer: int) -> np.ndarray:
-    """The merged kernel minus the base's, float32 `[in, out]`; an update that is only added needs no base."""
+    """The merged kernel minus the base's, `[in, out]`; an update that is only added needs no base."""
     method, sizes = adapter_class(config), (place.in_features, place.out_features)
     transforms = method.transforms_kernel or method.transforms_input(config, params, place.in_features)
     if method.additive and "magnitude" not in params and not transforms:
         return np.asarray(method.dense(config, *sizes, params))
-    base = (place.kernel()[place.index(layer)]).astype(jnp.float32)
+    kernel = place.kernel()[place.index(layer)]
+    base = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     return np.asarray(method.merged_kernel(config, params, base) - base)
 
 

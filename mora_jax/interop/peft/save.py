@@ -13,7 +13,9 @@ from flax import nnx
 
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.base import Adapter, host
+from mora_jax.adapters.config import LoRAConfig
 from mora_jax.adapters.config.patterns import targets_for
+from mora_jax.adapters.methods.registry import adapter_class
 from mora_jax.adapters.projection import Projection
 from mora_jax.adapters.report import entries_of
 from mora_jax.adapters.sites import Site, adapted_sites, by_path, sites
@@ -106,6 +108,12 @@ def save_adapter(
         if odd:
             raise InputError(f"{entry.path} has a name that PEFT's files can't hold ({odd[0]}): rename that layer")
         if _is_main(entry, form):
+            scaling, expected = entry.params["scaling"], np.float32(adapter_class(entry.config).scale(entry.config))
+            if not isinstance(entry.config, LoRAConfig) and np.float32(scaling) != expected:
+                raise InputError(
+                    f"{entry.path} has scaling {float(scaling):g}, and files of {entry.method} hold none but "
+                    f"{expected:g}: scale its arrays instead, or merge"
+                )
             main.append(dataclasses.replace(entry, params=form.kept(entry)))
     dense = [entry.path for entry in main if entry.path.endswith((".gate_proj", ".up_proj", ".down_proj"))]
     if parameters and dense and layers is not None and layers.fused is None:

@@ -49,8 +49,8 @@ def test_no_m_comes_nearer(kind, sizes):
     jacobian = np.stack([dense(unit, n_in, n_out, kind).T.ravel() for unit in units], axis=1)
     best = jacobian @ np.linalg.lstsq(jacobian, target.ravel(), rcond=None)[0]
     found = nearest_m(target, q, kind)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(dense(found, n_in, n_out, kind).T.ravel(), best, atol=1e-5)
+    assert found.dtype == np.float64 and nearest_m(target.astype(np.float32), q, kind).dtype == np.float32
+    np.testing.assert_allclose(dense(found, n_in, n_out, kind).T.ravel(), best, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
