@@ -49,6 +49,8 @@ def adapter_folder(path: str) -> str:
     for folder in (root, root / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return str(folder)
+    if (root / "model" / "config.json").is_file():
+        raise InputError(f"{path} holds no adapter but a model: give {root / 'model'} as the model")
     if (checkpoints := root / "checkpoints").is_dir():
         steps = sorted(int(step.name) for step in checkpoints.iterdir() if step.name.isdecimal())
         choice = f", or take its last checkpoint: {path}@{steps[-1]}" if steps else ""

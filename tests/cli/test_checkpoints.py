@@ -67,3 +67,6 @@ def test_a_run_that_trains_the_model_itself_has_no_adapter(run, fails, model_dir
     out = train(run, model_dir, data_file, tmp_path / "run", **{"adapter.method": "full"})
     line = fails("eval", "--model", model_dir, "--data", data_file, "--adapter", f"{out}@1")
     assert "trains the model itself (full)" in line
+    for base in ((), ("--model", model_dir)):
+        assert f"a model: give {out / 'model'} as" in fails("generate", "--prompt", "Hi", "--adapter", out, *base)
+    assert "no architecture is named" in fails("generate", "--prompt", "Hi", "--model", out)

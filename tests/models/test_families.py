@@ -313,7 +313,7 @@ def base_config(**fields) -> dict:
         ({"model_type": None}, "model_type is None, but architectures names"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list with the name of a class, found 'Llama"),
         ({"architectures": [1]}, r"architectures must be a list with the name of a class, found \[1\]"),
-        ({"architectures": [], "model_type": None}, "architecture None is not supported; supported are"),
+        ({"architectures": [], "model_type": None}, "no architecture is named"),
         ({"hidden_act": None}, "hidden_act must be one of gelu, .*, found None"),
         ({"hidden_act": "x" * 1000}, r"hidden_act 'x{12}\.\.\.x{13}' is not supported"),
         ({"vocab_size": None}, "vocab_size is missing"),

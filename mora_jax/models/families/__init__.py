@@ -47,6 +47,8 @@ def read_config(values: dict[str, Any], where: str = "config.json") -> DecoderCo
                 raise InputError(f"{where}: the checkpoint is quantized; give the unquantized one")
             dense = {name: value for name, value in values.items() if name != "quantization_config"}
             return family.read(Fields(dense, where, family))
+    if architecture is None and model_type is None:
+        raise InputError(f"{where}: no architecture is named; give a model's folder (of a run that is model/)")
     supported = ", ".join(family.architecture for family in FAMILIES)
     raise InputError(
         f"{where}: architecture {reprlib.repr(architecture or model_type)} is not supported; supported are {supported}"
