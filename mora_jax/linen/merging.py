@@ -79,33 +79,31 @@ def _fitted(site: TreeSite, arrays: Arrays, configs: list[Any], known: Matrix | 
     matrices = possible_matrices(name, shape) if known is None else [known]
     given = ", ".join(sorted(arrays))
     for config in configs:
-        forms = [(matrix, wanted) for matrix in matrices if (wanted := _expected(config, matrix)) is not None]
+        forms = [(matrix, wanted) for matrix in matrices if (wanted := _expected(config, matrix, shape)) is not None]
         if not any(set(wanted) == set(arrays) for _, wanted in forms):
             continue
-        fitting = [
-            matrix
-            for matrix, wanted in forms
-            if {key: (*shape[: len(shape) - len(matrix.shape)], *size) for key, size in wanted.items()}
-            == {key: value.shape for key, value in arrays.items()}
-        ]
+        held = {key: value.shape for key, value in arrays.items()}
+        fitting = [matrix for matrix, wanted in forms if wanted == held]
         if len({(matrix.shape, matrix.in_features) for matrix in fitting}) == 1:
             return replace(site, config=config, matrix=fitting[0])
         if fitting:
             raise ValueError(f"{where}: {name} {shape} can be taken as a matrix in several ways; {_REPORT}")
-        key, size = next((k, s) for k, s in forms[-1][1].items() if arrays[k].shape != s)
+        key, size = next((k, s) for k, s in forms[-1][1].items() if held[k] != s)
         raise ValueError(
-            f"{where}: {key} is {arrays[key].shape}; {in_words(config)} over {name} {shape} asks for {size}"
+            f"{where}: {key} is {held[key]}; {in_words(config)} over {name} {shape} asks for {size}"
             + ("" if len(shape) == 2 or known is not None else f"; else {_REPORT}")
         )
     raise ValueError(f"{where} holds {given}, but none of the configurations that were given makes them there")
 
 
-def _expected(config: Any, matrix: Matrix) -> dict[str, tuple[int, ...]] | None:
+def _expected(config: Any, matrix: Matrix, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of an adapter's arrays over an array of a shape, axes of a stack in front."""
     try:
         trained, fixed = array_shapes(config, matrix)
     except ValueError:  # the method has no form for a matrix of this size
         return None
-    return trained | fixed
+    stack = shape[: len(shape) - len(matrix.shape)]
+    return {key: (*stack, *size) for key, size in (trained | fixed).items()}
 
 
 def merge(variables: Mapping[str, Any], *configs: Any, report: LinenReport | None = None) -> dict[str, Any]:

@@ -187,6 +187,16 @@ def test_einsum_with_transposed_axes_against_a_matrix_by_loops():
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_without_a_report_a_kernel_of_another_stack_is_refused():
+    """An array that fits the kernel's last axes, were the first a stack, has no axis of that stack."""
+    layer, config = nn.Einsum((3, 5, 2), "td,hdn->htn"), IA3Config(targets=".*", feedforward=("",))
+    with adapted(config) as report:
+        variables = layer.init(KEY, jnp.ones((4, 5)))
+    with pytest.raises(ValueError, match=r"ia3_l is \(5,\); IA.* asks for \(3, 5\); else give the report"):
+        merge(variables, config)
+    merge(variables, config, report=report)
+
+
 class Numbered(nn.Module):
     """Blocks with automatic names, between layers without a number."""
 
