@@ -54,7 +54,7 @@ class Adapter(nnx.Module):
         file_method: the method that it is in a file; empty for its own.
         vectors: its arrays that hold one number a feature; a stack's leading axis doesn't make matrices of them.
         scales_bias: whether it multiplies the layer's own bias.
-        holds_start: whether a file's factors hold the start that is subtracted again, as `in_file` puts it there.
+        start_in_file: whether a file's factors hold the start that is subtracted again, as `in_file` puts it there.
         on_embeddings: whether the method has a form for embedding tables; it then has `for_embedding`.
         on_experts: whether it has one for experts, of which each row of the input has one; it then has `grouped`.
         scaling: float32 `[*layers]`; 0 for layers of a stack that are not adapted.
@@ -64,7 +64,7 @@ class Adapter(nnx.Module):
 
     method: ClassVar[str]
     file_method: ClassVar[str] = ""
-    holds_start: ClassVar[bool] = False
+    start_in_file: ClassVar[bool] = False
     vectors: ClassVar[frozenset[str]] = frozenset({"bias", "magnitude"})
     scales_bias: ClassVar[bool] = False
     additive: ClassVar[bool] = True

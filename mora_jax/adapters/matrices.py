@@ -212,12 +212,12 @@ class Product:
     def _of(cls, matrix: Matrix, shape: Any, uncontracted: list[int], contracted: list[int], shaped: Any) -> Product:
         """That of an input of a shape, by the axes that stay and those that are contracted."""
         order, inputs = [*uncontracted, *contracted], math.prod(shape[axis] for axis in contracted)
-        moved = [shape[axis] for axis in order]
+        permuted = [shape[axis] for axis in order]
 
         def flat(x: Array) -> Array:
-            return x.transpose(*order).reshape(*moved[: len(uncontracted)], inputs)
+            return x.transpose(*order).reshape(*permuted[: len(uncontracted)], inputs)
 
-        return cls(matrix, flat, lambda x: x.reshape(moved).transpose(*np.argsort(order)), shaped)
+        return cls(matrix, flat, lambda x: x.reshape(permuted).transpose(*np.argsort(order)), shaped)
 
 
 #: What libraries call a layer's own array, and its bias; the layer's path is then that of what holds them.

@@ -82,7 +82,7 @@ class _Kernel:
         total = merged_kernels(self.config, self.matrix(), self.params).reshape(self.sizes(self.order))
         return total.transpose(np.argsort(self.order))
 
-    def moved(self, array: Array, where: Callable[[int], int]) -> _Kernel:
+    def with_axes(self, array: Array, where: Callable[[int], int]) -> _Kernel:
         """The kernel after an axis `a` has become `where(a)`."""
         axes = (tuple(map(where, group)) for group in (self.stack, self.inputs, self.outputs))
         return _Kernel(array, self.params, self.name, self.config, self.is_embedding, *axes)
@@ -90,7 +90,7 @@ class _Kernel:
     def layer(self) -> _Kernel:
         """One layer of a stack, when `array` and `params` have lost their first axis."""
         later = replace(self, stack=self.stack[1:])
-        return later.moved(self.array, lambda axis: axis - 1)
+        return later.with_axes(self.array, lambda axis: axis - 1)
 
 
 def apply(
@@ -228,7 +228,7 @@ class _Interpreter:
         rule = getattr(self, f"_{name}", None)
         if name in _SAME and len(operands) == 1:
             (array,) = self._bind(equation, [operands[0].array])
-            return [operands[0].moved(array, lambda axis: axis)]
+            return [operands[0].with_axes(array, lambda axis: axis)]
         if name in _ONCE:
             return self.run(equation.params["call_jaxpr"], operands)
         outputs = None if rule is None else rule(equation, operands)
@@ -245,7 +245,7 @@ class _Interpreter:
 
     def _transpose(self, equation: Any, operands: list[Any]) -> list[Any]:
         order = equation.params["permutation"]
-        return [operands[0].moved(operands[0].array.transpose(order), order.index)]
+        return [operands[0].with_axes(operands[0].array.transpose(order), order.index)]
 
     def _reshape(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         kernel, *rest = operands
@@ -264,7 +264,9 @@ class _Interpreter:
         params = {name: value.squeeze(layers) for name, value in kernel.params.items()}
         stack = tuple(axis for axis in kernel.stack if axis not in dropped)
         squeezed = replace(kernel, params=params, stack=stack)
-        return [squeezed.moved(kernel.array.squeeze(dropped), lambda axis: axis - sum(one < axis for one in dropped))]
+        return [
+            squeezed.with_axes(kernel.array.squeeze(dropped), lambda axis: axis - sum(one < axis for one in dropped))
+        ]
 
     def _slice(self, equation: Any, operands: list[Any]) -> list[Any] | None:
         how = equation.params

@@ -154,7 +154,7 @@ def trained_as(
     if type(given) is type(method) or not adapter.continues(method, given):
         return adapter_values
     rank, init = given.rank, given.init
-    if adapter.holds_start:
+    if adapter.start_in_file:
         rank, init = rank // 2, method.init
         lora_a, lora_b = values["lora_a"], values["lora_b"]
         values |= {"lora_a": lora_a[:, :rank], "initial_a": lora_a[:, rank:]}

@@ -61,7 +61,7 @@ def values_of(model: nnx.Module) -> ValuesByPath:
         for name, what in (("magnitude", "DoRA's magnitude"), ("bias", "a trained bias")):
             if name in entry.params:
                 raise InputError(f"{entry.path} has {what}, which doesn't add up with other adapters; merge it instead")
-        if not entry.config.joint_form:
+        if not entry.config.combinable_as:
             raise InputError(f"{entry.path} has {entry.method}, but only LoRA and MoRA can be used beside others")
         by_path[entry.path] = AdapterValues(entry.config, entry.params)
     if not by_path:
@@ -76,7 +76,7 @@ def form_of(by_path: ValuesByPath) -> str:
     Raises:
         InputError: there are several methods.
     """
-    forms = {adapter_values.config.joint_form for adapter_values in by_path.values()}
+    forms = {adapter_values.config.combinable_as for adapter_values in by_path.values()}
     if len(forms) > 1:
         raise InputError(f"it has {' and '.join(sorted(forms))}, but one adapter is of one method here")
     return forms.pop()

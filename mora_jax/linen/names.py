@@ -37,11 +37,11 @@ def rename_layers(
         nonlocal renamed
         names = {name: name for name in node}
         auto = sorted((int(match[1]), name) for name in node if (match := pattern.fullmatch(name)))
-        moved = [name for _, name in auto if only is None or re.fullmatch(only, ".".join((*path, name)))]
-        if moved:
-            renamed += len(moved)
-            stayed = [name for _, name in auto if name not in moved]
-            names.update((name, f"{target}_{i}") for i, name in enumerate(moved))
+        chosen = [name for _, name in auto if only is None or re.fullmatch(only, ".".join((*path, name)))]
+        if chosen:
+            renamed += len(chosen)
+            stayed = [name for _, name in auto if name not in chosen]
+            names.update((name, f"{target}_{i}") for i, name in enumerate(chosen))
             names.update((name, f"{source}_{i}") for i, name in enumerate(stayed))
         if len(set(names.values())) < len(names):
             place = ".".join(path) or "the tree"

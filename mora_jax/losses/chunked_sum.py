@@ -159,22 +159,22 @@ def logits(options: Options, hidden: Array, kernel: Array | None) -> Array:
     return raw if options.softcap is None else options.softcap * jnp.tanh(raw / options.softcap)
 
 
-def uncapped(options: Options, capped: Array, slope: Array) -> Array:
+def uncapped(options: Options, capped: Array, dlogits: Array) -> Array:
     """From a derivative by what `logits` returned, `capped`, to that by the logits before the cap."""
-    return slope if options.softcap is None else slope * (1.0 - jnp.square(capped / options.softcap))
+    return dlogits if options.softcap is None else dlogits * (1.0 - jnp.square(capped / options.softcap))
 
 
-def hidden_vjp(slope: Array, hidden: Array, kernel: Array | None) -> Array:
+def hidden_vjp(dlogits: Array, hidden: Array, kernel: Array | None) -> Array:
     """The derivative by `hidden`, float32, from that by the uncapped logits, which is used in the compute dtype."""
-    slope = slope.astype(hidden.dtype)
+    dlogits = dlogits.astype(hidden.dtype)
     if kernel is None:
-        return slope
-    return lax.dot_general(slope, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return dlogits
+    return lax.dot_general(dlogits, kernel, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def kernel_vjp(slope: Array, hidden: Array) -> Array:
+def kernel_vjp(dlogits: Array, hidden: Array) -> Array:
     """The derivative by the kernel, float32 `[V, D]`, from that by the uncapped logits `[shards, chunk, V]`."""
-    flat, rows = slope.reshape(-1, slope.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    flat, rows = dlogits.reshape(-1, dlogits.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
     return product_over_tokens(flat, rows)
 
 
@@ -230,15 +230,15 @@ def _sums(options: Options, value_of: TokenValue, by: tuple[str, ...], *arrays: 
     def add(options: Options, index: Array, carry: Any) -> Any:
         totals, dhidden, dkernel = carry
         h, w, *others = take(options, index, hidden, weights, *by_token)
-        value, slope = value_of(options, h, used, tuple(others), shared)
+        value, dlogits = value_of(options, h, used, tuple(others), shared)
         totals = totals + jnp.sum(jnp.where(w > 0, value * w, 0.0), axis=1)
-        slope = slope * w[..., None]
+        dlogits = dlogits * w[..., None]
         if used is None:  # of padding a user's logits may be infinite
-            slope = jnp.where(w[..., None] > 0, slope, 0.0)
+            dlogits = jnp.where(w[..., None] > 0, dlogits, 0.0)
         if dhidden is not None:
-            dhidden = put(options, index, dhidden, hidden_vjp(slope, h, used))
+            dhidden = put(options, index, dhidden, hidden_vjp(dlogits, h, used))
         if dkernel is not None:
-            dkernel = dkernel + kernel_vjp(slope.astype(h.dtype), h)
+            dkernel = dkernel + kernel_vjp(dlogits.astype(h.dtype), h)
         return totals, dhidden, dkernel
 
     dhidden = jnp.zeros_like(hidden) if "hidden" in by else None

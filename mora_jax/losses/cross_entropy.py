@@ -181,8 +181,8 @@ def _loss_of_tokens(
 ) -> tuple[Array, Array]:
     """The `TokenValue` of this loss."""
     z = logits(options, hidden, kernel)
-    nll, slope = negative_log_likelihood(z, *targets)
-    return nll, uncapped(options, z, slope)
+    nll, dlogits = negative_log_likelihood(z, *targets)
+    return nll, uncapped(options, z, dlogits)
 
 
 def _by_powers(
@@ -203,8 +203,8 @@ def _by_powers(
     norm = jnp.sum(powers, axis=-1, keepdims=True)
     picked = jnp.sum(jnp.where(_hot(z.shape, t), z, 0.0), axis=-1, keepdims=True)
     stored_powers = lax.optimization_barrier(powers.astype(kernel.dtype))
-    slope = jnp.where(_hot(z.shape, t), jnp.exp(picked - shift) / norm - 1.0, stored_powers * (1.0 / norm))
-    return (jnp.log(norm) + shift - picked).reshape(targets[0].shape), slope.reshape(*targets[0].shape, -1)
+    dlogits = jnp.where(_hot(z.shape, t), jnp.exp(picked - shift) / norm - 1.0, stored_powers * (1.0 / norm))
+    return (jnp.log(norm) + shift - picked).reshape(targets[0].shape), dlogits.reshape(*targets[0].shape, -1)
 
 
 def _hot(shape: tuple[int, ...], t: Array) -> Array:

@@ -158,14 +158,14 @@ def _packed(
 
 
 def _values(
-    options: Options, arrays: tuple[Any, ...], *, slopes: bool = False, correct: bool = False
+    options: Options, arrays: tuple[Any, ...], *, with_derivatives: bool = False, correct: bool = False
 ) -> tuple[tuple[Array, ...], Array | None]:
     """The values, and the derivative of each token's by its own hidden state.
 
     Args:
         options: as packed.
         arrays: those of `_packed`.
-        slopes: whether to make the derivative.
+        with_derivatives: whether to make the derivatives.
         correct: whether to make another value, 1 where the target is the most likely token.
     """
     hidden, kernel, by_token, shared, marks = arrays
@@ -175,7 +175,7 @@ def _values(
         sums, derivatives = carry
         h, w, t, *base = take(options, index, hidden, marks, *by_token)
         z = logits(options, h, used)
-        nll, slope = negative_log_likelihood(z, t)
+        nll, dlogits = negative_log_likelihood(z, t)
         values = [nll]
         if base:
             y = logits(options, *base, *shared)
@@ -188,27 +188,27 @@ def _values(
         )
         if derivatives is None:
             return written, None
-        slope = jnp.where(w[..., None] > 0, uncapped(options, z, slope), 0.0)
-        return written, put(options, index, derivatives, hidden_vjp(slope, h, used))
+        dlogits = jnp.where(w[..., None] > 0, uncapped(options, z, dlogits), 0.0)
+        return written, put(options, index, derivatives, hidden_vjp(dlogits, h, used))
 
     zeros = (jnp.zeros(marks.shape, jnp.float32),) * (3 if shared else 2 if correct else 1)
-    return over_chunks(options, marks, add, (zeros, jnp.zeros_like(hidden) if slopes else None))
+    return over_chunks(options, marks, add, (zeros, jnp.zeros_like(hidden) if with_derivatives else None))
 
 
 def _forward(options: Options, *arrays: Any) -> Any:
     head_trained = arrays[1] is not None and arrays[1].perturbed
     arrays = primals(arrays)
     hidden, kernel, by_token, _, marks = arrays
-    values, slopes = _values(options, arrays, slopes=True)
-    return values, (slopes, (hidden, kernel, by_token[0]) if head_trained else None, marks)
+    values, derivatives = _values(options, arrays, with_derivatives=True)
+    return values, (derivatives, (hidden, kernel, by_token[0]) if head_trained else None, marks)
 
 
 def _backward(options: Options, saved: Any, cotangents: Any) -> Any:
-    slopes, again, marks = saved
+    derivatives, again, marks = saved
     scale = cotangents[0]
     if isinstance(scale, SymbolicZero):
         scale = jnp.zeros(scale.shape, scale.dtype)
-    dhidden = (slopes.astype(jnp.float32) * scale[..., None]).astype(slopes.dtype)
+    dhidden = (derivatives.astype(jnp.float32) * scale[..., None]).astype(derivatives.dtype)
     if again is None:
         return dhidden, None, None, None, None
     hidden, kernel, targets = again
@@ -217,8 +217,8 @@ def _backward(options: Options, saved: Any, cotangents: Any) -> Any:
     def add(options: Options, index: Array, dkernel: Array) -> Array:
         h, w, t, by = take(options, index, hidden, marks, targets, scale)
         z = logits(options, h, used)
-        slope = uncapped(options, z, negative_log_likelihood(z, t)[1]) * jnp.where(w > 0, by, 0.0)[..., None]
-        return dkernel + kernel_vjp(slope.astype(used.dtype), h)
+        dlogits = uncapped(options, z, negative_log_likelihood(z, t)[1]) * jnp.where(w > 0, by, 0.0)[..., None]
+        return dkernel + kernel_vjp(dlogits.astype(used.dtype), h)
 
     dkernel = over_chunks(options, marks, add, jnp.zeros(kernel.shape, jnp.float32))
     return dhidden, dkernel.astype(kernel.dtype), None, None, None

@@ -547,13 +547,13 @@ def _places(partitioner: Partitioner, per_layer: Any) -> Places:
     """Where one layer's share of each leaf is: stacked parameters by their axes, nothing else."""
     stored: list[Any] = []
     used: list[Any] = []
-    leads: list[int] = []
+    output_axes: list[int] = []
     for leaf in jax.tree.leaves(per_layer, is_leaf=lambda node: isinstance(node, nnx.Variable)):
         axes = (leaf.get_metadata().get("axes") or ())[1:] if isinstance(leaf, nnx.Variable) else ()
         stored.append(partitioner.stored(axes, leaf.shape[1:]) if axes else None)
         used.append(partitioner.used(axes, leaf.shape[1:]) if axes else None)
-        leads.append(partitioner.sharded_output_axis(axes, leaf.shape[1:]) if axes else 1)
-    return Places(tuple(stored), tuple(used), tuple(leads))
+        output_axes.append(partitioner.sharded_output_axis(axes, leaf.shape[1:]) if axes else 1)
+    return Places(tuple(stored), tuple(used), tuple(output_axes))
 
 
 def stacked_norm(config: DecoderConfig, name: str, *, size: int | None = None, **making: Any) -> Norm:

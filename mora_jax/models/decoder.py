@@ -227,11 +227,11 @@ class Decoder(nnx.Module):
         kernel = rows.ring() if self.attention is None else self.attention.kernel(rows)
         if segment_ids is None:
             segments = jnp.ones(input_ids.shape, dtype=jnp.int32)
-            implied = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+            default_places = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         else:
             segments = segment_ids.astype(jnp.int32)
-            implied = default_positions(segments) if positions is None else segments
-        places = implied if positions is None else positions.astype(jnp.int32)
+            default_places = default_positions(segments) if positions is None else segments
+        places = default_places if positions is None else positions.astype(jnp.int32)
         order = None
         if self.config.has_states and rows.packed:
             order, input_ids, segments, places = sorted_by_segment(segments, input_ids, segments, places)

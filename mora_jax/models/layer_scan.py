@@ -39,21 +39,21 @@ class Places(NamedTuple):
     Attributes:
         stored: their sharding in the stack, and that of their gradients.
         used: their sharding while the layer computes. They are gathered layer by layer, forward and backward.
-        leads: the axis that the layer wants in the place of axis 1; 1 for leaves that it takes as they are.
+        output_axes: the axis that the layer wants in the place of axis 1; 1 for leaves that it takes as they are.
     """
 
     stored: tuple[Any, ...]
     used: tuple[Any, ...]
-    leads: tuple[int, ...]
+    output_axes: tuple[int, ...]
 
     def gather(self, layer: list[Any]) -> list[Any]:
         """The leaves of a layer as it uses them."""
-        leaves = zip(layer, self.used, self.leads, strict=True)
+        leaves = zip(layer, self.used, self.output_axes, strict=True)
         return [_moved(_constrained(leaf, sharding), lead, 1) for leaf, sharding, lead in leaves]
 
     def scatter(self, gradients: list[Any], active: tuple[bool, ...]) -> list[Any]:
         """Gradients of the active leaves, back to where the leaves are stored."""
-        places = [place for *place, on in zip(self.stored, self.leads, active, strict=True) if on]
+        places = [place for *place, on in zip(self.stored, self.output_axes, active, strict=True) if on]
         leaves = zip(gradients, places, strict=True)
         return [_constrained(_moved(leaf, 1, lead), sharding) for leaf, (sharding, lead) in leaves]
 
@@ -183,8 +183,8 @@ def _backward(body: Body, remat: str, places: Places | None, residuals: Any, dy:
             pullback = layer_fn(x, layer, shared, given)[1]
         else:
             pullback = plan.put_together(saved, layer, jax.tree.leaves((shared, given)))
-        dx, gradients, slopes = pullback(dy)
-        sums = jax.tree.map(jnp.add, sums, slopes)
+        dx, gradients, given_gradients = pullback(dy)
+        sums = jax.tree.map(jnp.add, sums, given_gradients)
         return (dx, sums), gradients if places is None else places.scatter(gradients, active)
 
     zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.promote_types(array.dtype, jnp.float32)), given)

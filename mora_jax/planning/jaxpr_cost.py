@@ -79,7 +79,7 @@ def read_traced(
         shape = _aval(variable).shape
         return shape[-1:] == (width,) or (len(shape) == 3 and shape[-1] in sides)
 
-    flops, moved = _products(program.jaxpr, chunks)
+    flops, bytes_moved = _products(program.jaxpr, chunks)
     layer, fullest, head = 0.0, (0.0, 0.0), 0.0
     saved: list[float] = []
     uncut: list[float] = []
@@ -97,7 +97,7 @@ def read_traced(
         elif step.name == "while":
             head = max(head, sum(map(_bytes, step.equation.outvars)) + max(_peak(inner)[0] for inner in step.inner))
     all_saved, all_uncut, routed_too = (_fullest(sizes, len(layers)) for sizes in (saved, uncut, of_experts))
-    return Traced(flops, moved, all_saved, all_uncut, routed_too, layer, *fullest, head)
+    return Traced(flops, bytes_moved, all_saved, all_uncut, routed_too, layer, *fullest, head)
 
 
 def _are_routed(shape: tuple[int, ...], routed: frozenset[tuple[int, int]]) -> bool:
@@ -181,31 +181,31 @@ def _products(jaxpr: core.Jaxpr, turns: float) -> tuple[float, float]:
     One inside a scan goes over the tiles of keys that a tile of queries sees: half of them on average. One inside
     another doesn't run: it mends what hardly ever happens.
     """
-    flops, moved = 0.0, 0.0
+    flops, bytes_moved = 0.0, 0.0
     for step in _used(jaxpr)[0]:
         if step.name == "pallas_call":
             kernel = _kernel(step)
-            flops, moved = flops + kernel[0], moved + kernel[1]
+            flops, bytes_moved = flops + kernel[0], bytes_moved + kernel[1]
         elif step.name == "dot_general":
             left, out = _aval(step.equation.invars[0]), _aval(step.equation.outvars[0])
             (contracted, _), _ = step.equation.params["dimension_numbers"]
             flops += 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
-            moved += sum(map(_bytes, (*step.equation.invars, *step.equation.outvars)))
+            bytes_moved += sum(map(_bytes, (*step.equation.invars, *step.equation.outvars)))
         elif step.name == "ragged_dot_general":  # each row is multiplied by the matrix of its group alone
             left, right = (_aval(variable) for variable in step.equation.invars[:2])
             numbers = step.equation.params["ragged_dot_dimension_numbers"]
             summed = {*numbers.dot_dimension_numbers[0][1], *numbers.rhs_group_dimensions}
             free = math.prod(size for i, size in enumerate(right.shape) if i not in summed)
             flops += 2 * math.prod(left.shape) * free
-            moved += sum(map(_bytes, (*step.equation.invars[:2], *step.equation.outvars)))
+            bytes_moved += sum(map(_bytes, (*step.equation.invars[:2], *step.equation.outvars)))
         elif step.inner:
             length = step.equation.params.get("length", 1)
             inside = {"scan": (length + 1) / 2, "while": 0}.get(step.name, turns)
             parts = [_products(inner, inside) for inner in step.inner]
             times = {"scan": length, "while": turns}.get(step.name, 1)
             most = max(parts)
-            flops, moved = flops + times * most[0], moved + times * most[1]
-    return flops, moved
+            flops, bytes_moved = flops + times * most[0], bytes_moved + times * most[1]
+    return flops, bytes_moved
 
 
 def _kernel(step: _Step) -> tuple[float, float]:
@@ -216,8 +216,8 @@ def _kernel(step: _Step) -> tuple[float, float]:
     grid = step.equation.params["grid_mapping"].grid
     turns = math.prod(grid) * ((grid[-1] + 1) / (2 * grid[-1]) if grid[-1] in grid[:-1] else 1)
     tiles = [tile for tile in step.inner[0].invars[: len(step.operands)] if len(_aval(tile).shape) == 2]
-    moved = turns * sum(map(_bytes, tiles)) + sum(map(_bytes, step.results))
-    return turns * _products(step.inner[0], 1)[0], moved
+    bytes_moved = turns * sum(map(_bytes, tiles)) + sum(map(_bytes, step.results))
+    return turns * _products(step.inner[0], 1)[0], bytes_moved
 
 
 def _peak(jaxpr: core.Jaxpr, routed: frozenset[tuple[int, int]] = frozenset()) -> tuple[float, tuple[float, float]]:

@@ -165,14 +165,14 @@ def estimate_memory(config: Config, values: dict[str, Any], mesh: tuple[int, ...
     # Ranks along `tensor` are neighbours: where the others span hosts of eight GPUs, their groups share the cards.
     beside = tensor if backend == "gpu" and axes["fsdp"] * expert * tensor * context > 8 else 1
     summed = _summed(placement, adapters)
-    moved = _collectives(decoder, axes, micro, tokens, received, head, summed, width, config, beside)
+    collectives = _collectives(decoder, axes, micro, tokens, received, head, summed, width, config, beside)
     mixed = micro * decoder.num_layers * tokens * _mixed(placement, model, width, config.model.remat)
     if mixed:
-        moved = (*moved, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
+        collectives = (*collectives, Collective("all-to-all", 4 * micro * decoder.num_layers, mixed))
     trainable = sum(math.prod(array.shape) for array in trained.values())
     parameters = trainable + count(model, nnx.Not(AdapterParam))
     flops, size = (micro * amount / tensor / context for amount in (traced.flops, traced.bytes))
-    return Step(memory, flops, size, moved, trainable, parameters, attention)
+    return Step(memory, flops, size, collectives, trainable, parameters, attention)
 
 
 def _size(shape: tuple[int, ...], dtype: Any) -> float:

@@ -53,11 +53,11 @@ class StepTime:
         return tokens / self.slowest, tokens / self.fastest
 
 
-def estimate(flops: float, moved: float, collectives: Iterable[Collective], topology: Topology) -> StepTime:
+def estimate(flops: float, bytes_moved: float, collectives: Iterable[Collective], topology: Topology) -> StepTime:
     """The range of step times on `topology` (see `ASSUMPTION`).
 
     Args:
-        flops, moved: FLOPs and bytes of matrix products on each chip.
+        flops, bytes_moved: FLOPs and bytes of matrix products on each chip.
         collectives: of a step.
     """
     chip, sent, linked = topology.chip, 0.0, 0.0
@@ -65,13 +65,13 @@ def estimate(flops: float, moved: float, collectives: Iterable[Collective], topo
         sent, linked = sent + entry.bytes, linked + entry.bytes * entry.beside
     fast = {
         "compute": flops / (FAST * chip.bf16_flops),
-        "memory": moved / chip.memory_bandwidth,
+        "memory": bytes_moved / chip.memory_bandwidth,
         "network": linked / topology.link_bandwidth,
     }
     bound = max(fast, key=lambda name: fast[name])
-    slow = max(flops / (SLOW * chip.bf16_flops), 2 * moved / chip.memory_bandwidth)
+    slow = max(flops / (SLOW * chip.bf16_flops), 2 * bytes_moved / chip.memory_bandwidth)
     slow += 2 * linked / topology.link_bandwidth
-    return StepTime(flops, moved, sent, fast[bound], slow, bound)
+    return StepTime(flops, bytes_moved, sent, fast[bound], slow, bound)
 
 
 @dataclass(frozen=True)

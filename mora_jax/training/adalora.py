@@ -103,9 +103,9 @@ class RankBudget:
 
         def update(gradients: Any, state: Any, params: Any = None, **others: Any) -> tuple[Any, BudgetState]:
             updates, inner = optimizer.update(gradients, state.inner, params, **others)
-            moved: Any = optax.apply_updates(params, updates)
+            updated: Any = optax.apply_updates(params, updates)
             step = state.step + 1
-            importance, masks = allocate(self.config, state.importance, moved, gradients, step, self.exists)
+            importance, masks = allocate(self.config, state.importance, updated, gradients, step, self.exists)
             # Adding the negative gives exactly 0; all other updates stay as they were, to the last bit.
             zeroing = {name: jnp.where(masks[name] == 0, -params[name], updates[name]) for name in self.exists}
             return updates | zeroing, BudgetState(step, importance, inner)

@@ -89,15 +89,15 @@ class PreferenceLoss:
         else:
             other = self._rows(config, batch, slice(1, 2), examples)
 
-            def moved(total: Array, rows: PreferenceRows) -> tuple[Array, None]:
+            def add_rows(total: Array, rows: PreferenceRows) -> tuple[Array, None]:
                 answers, _ = self._answers(config, structure.model(adapters, frozen), frozen, rows, Keys(None, None))
                 return total + jnp.sum(rows.shares * answers.ratio[:, 0]), None
 
             zero = jnp.zeros((), jnp.float32)
             if len(other.input_ids) == 1:
-                mean, _ = moved(zero, jax.tree.map(lambda array: array[0], other))
+                mean, _ = add_rows(zero, jax.tree.map(lambda array: array[0], other))
             else:
-                mean, _ = jax.lax.scan(moved, zero, other)
+                mean, _ = jax.lax.scan(add_rows, zero, other)
             point = jax.lax.stop_gradient(jnp.maximum(config.total(mean), 0.0))
             rows = self._rows(config, batch, slice(0, 1), examples)
             rows = rows._replace(reference_point=jnp.broadcast_to(point, len(rows.input_ids)))

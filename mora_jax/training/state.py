@@ -189,7 +189,7 @@ def moments_on_host(shardings: Any) -> Any:
 def _with_moments(tree: Any, put: Callable[[Any], Any]) -> Any:
     """A state, or its shardings, with the moments of `streamed` put to another place."""
 
-    def moved(node: Any) -> Any:
+    def replaced(node: Any) -> Any:
         return OnHost(node.count, *put((node.mu, node.nu))) if isinstance(node, OnHost) else node
 
-    return jax.tree.map(moved, tree, is_leaf=lambda node: isinstance(node, OnHost))
+    return jax.tree.map(replaced, tree, is_leaf=lambda node: isinstance(node, OnHost))

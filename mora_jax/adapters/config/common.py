@@ -117,8 +117,8 @@ class MethodConfig(metaclass=_Aliases):
         grows_with_rank: whether the trained numbers are as many as the rank times what one rank has.
         in_peft: whether PEFT has the method, or a form of it.
         scale_power: the power of the rank that alpha is divided by, for methods with alpha.
-        joint_form: what adapters have to agree in to be used beside each other; empty for a method whose can't be.
-        implied: fields that are no settings of a run: the method, the model or the run says them.
+        combinable_as: what adapters have to agree in to be used beside each other; empty for a method whose can't be.
+        derived_fields: fields that are no settings of a run: the method, the model or the run says them.
         starts_from_base: whether the adapter takes its start from the base's exact numbers.
     """
 
@@ -128,7 +128,7 @@ class MethodConfig(metaclass=_Aliases):
     grows_with_rank: ClassVar[bool] = False
     in_peft: ClassVar[bool] = True
     scale_power: ClassVar[float] = 1.0
-    implied: ClassVar[tuple[str, ...]] = ()
+    derived_fields: ClassVar[tuple[str, ...]] = ()
 
     @property
     def starts_from_base(self) -> bool:
@@ -138,7 +138,7 @@ class MethodConfig(metaclass=_Aliases):
     @classmethod
     def settings(cls) -> tuple[str, ...]:
         """The settings of a run with this method: its own, then those of all methods."""
-        names = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in cls.implied]
+        names = [field.name for field in dataclasses.fields(cls) if field.init and field.name not in cls.derived_fields]
         return tuple(sorted(names, key=lambda name: name in CommonConfig.__annotations__))
 
     @classmethod
@@ -202,7 +202,7 @@ class MethodConfig(metaclass=_Aliases):
         return [beyond] if beyond else []
 
     @property
-    def joint_form(self) -> str:
+    def combinable_as(self) -> str:
         """What adapters have to agree in to be used beside each other; empty where they can't be."""
         return ""
 

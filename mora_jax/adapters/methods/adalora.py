@@ -86,7 +86,7 @@ class AdaLoRAConfig(CommonConfig):
     beta2: float = field(default=0.85, kw_only=True, metadata=_TRAINING | {"limits": _SHARE})
     orth_weight: float = field(default=0.5, kw_only=True, metadata=_TRAINING | {"limits": Number(at_least=0)})
     bias: str = field(default="none", kw_only=True, metadata={"choices": BIASES})
-    implied = ("total_steps",)
+    derived_fields = ("total_steps",)
     tree_refusal = "AdaLoRA takes ranks away while it trains, for which a plain tree of parameters has no place"
 
     def __post_init__(self):

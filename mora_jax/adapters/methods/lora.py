@@ -65,7 +65,7 @@ class LoRAConfig(CommonConfig):
     use_dora: bool = field(default=False, kw_only=True)
     init: str = field(default="kaiming", kw_only=True, metadata={"choices": INITS, "run_choices": INITS[:-1]})
     grows_with_rank = True
-    joint_form = "LoRA"
+    combinable_as = "LoRA"
 
     @property
     def tree_refusal(self) -> str:

@@ -64,7 +64,7 @@ class DoRAConfig(LoRAConfig):
     """
 
     use_dora: bool = field(default=True, kw_only=True)
-    implied, grows_with_rank = ("use_dora",), False
+    derived_fields, grows_with_rank = ("use_dora",), False
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,7 +103,7 @@ class PiSSAConfig(LoRAConfig):
     """
 
     init: str = field(default="pissa", kw_only=True, metadata={"choices": INITS})
-    implied = ("init",)
+    derived_fields = ("init",)
 
 
 class PiSSA(LoRA):
@@ -115,7 +115,7 @@ class PiSSA(LoRA):
     """
 
     method: ClassVar[str] = "pissa"
-    holds_start: ClassVar[bool] = True
+    start_in_file: ClassVar[bool] = True
     on_embeddings: ClassVar[bool] = False
 
 
@@ -136,7 +136,7 @@ class OLoRAConfig(LoRAConfig):
     """
 
     init: str = field(default="olora", kw_only=True, metadata={"choices": INITS})
-    implied = ("init",)
+    derived_fields = ("init",)
 
 
 class OLoRA(LoRA):
@@ -146,7 +146,7 @@ class OLoRA(LoRA):
     """
 
     method: ClassVar[str] = "olora"
-    holds_start: ClassVar[bool] = True
+    start_in_file: ClassVar[bool] = True
     on_embeddings: ClassVar[bool] = False
 
 
@@ -244,7 +244,7 @@ class ReLoRAConfig(RestartConfig, LoRAConfig):
         20
     """
 
-    implied = ("init",)
+    derived_fields = ("init",)
 
     def __post_init__(self):
         super().__post_init__()

@@ -38,7 +38,7 @@ from mora_jax.adapters.methods.mora_maps import (
     SHARED as SHARED,
     STRIDED as STRIDED,
     TILED as TILED,
-    Sides,
+    FeatureMaps,
     compression,
     decompression,
     rotated_features,
@@ -102,7 +102,7 @@ class MoRAConfig(CommonConfig):
         ]
 
     @property
-    def joint_form(self) -> str:
+    def combinable_as(self) -> str:
         return f"MoRA of kind {self.kind}"
 
 
@@ -141,7 +141,7 @@ def _check(m: Array, in_features: int, out_features: int, kind: str) -> int:
 
 def _delta(x: Array, m: Array, out_features: int, kind: str, product: Dot = dot) -> Array:
     """`x [N, in]` → `[N, out]`."""
-    inner, outer, blocks = Sides.of(kind, x.shape[1], out_features, m.shape[0])
+    inner, outer, blocks = FeatureMaps.of(kind, x.shape[1], out_features, m.shape[0])
     features = inner(x).astype(x.dtype).reshape(len(x), blocks, m.shape[0])
     if kind == "rotation" and blocks > 1:
         y = row_dot(features.transpose(1, 0, 2), rotated_squares(m, blocks)).transpose(1, 0, 2)
@@ -166,7 +166,7 @@ def update(x: Array, q: int, out_features: int, kind: str, product: Callable[[Ar
     Returns:
         float32 `[N, out]`.
     """
-    inner, outer, blocks = Sides.of(kind, x.shape[1], out_features, q)
+    inner, outer, blocks = FeatureMaps.of(kind, x.shape[1], out_features, q)
     features = inner(x).reshape(len(x), blocks, q)
     if kind == "rotation" and blocks > 1:
         features = rotated_features(widened(features))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mora_jax.adapters.methods.mora_maps import SHARED, Form, Map, Sides, Walk, rotated_squares
+from mora_jax.adapters.methods.mora_maps import SHARED, CyclicMap, FeatureMaps, Form, Map, rotated_squares
 from mora_jax.adapters.products.matmul import FusedLayout, added, dot32, dot32_nt, dot32_tn, wide, widened
 from mora_jax.backend import untransposed
 
@@ -29,13 +29,13 @@ class _Group(NamedTuple):
     blocks: int
     parts: tuple[tuple[int, Map], ...]
 
-    def held(self, x: Array) -> Array:
-        """What is kept of the input."""
+    def residual(self, x: Array) -> Array:
+        """What the backward pass needs of the input: its sums where there are any, else itself."""
         return self.inner(x).astype(x.dtype) if self.summed else x
 
-    def inputs(self, held: Array) -> Array:
-        """`[N, blocks · q]` of what is kept."""
-        return held if self.summed else self.inner(held)
+    def inputs(self, residual: Array) -> Array:
+        """`[N, blocks · q]` of a residual."""
+        return residual if self.summed else self.inner(residual)
 
     def matrix(self, squares: list[Array], dtype: Any) -> Array:
         """The Mᵀ of the parts side by side, `[q, parts · q]`; one a block, `[blocks, …]`, where they are rotated."""
@@ -69,7 +69,7 @@ class _Group(NamedTuple):
     @property
     def _one_by_one(self) -> bool:
         """Whether each block of features is a product of its own."""
-        return self.blocks > 1 and isinstance(self.inner, Walk) and self.inner.form is Form.SLICES
+        return self.blocks > 1 and isinstance(self.inner, CyclicMap) and self.inner.form is Form.SLICES
 
     def _cut(self, x: Array) -> list[Array]:
         """`[N, blocks · q]` as `blocks` of `[N, q]`."""
@@ -139,7 +139,7 @@ class FusedMoRA:
         for i, (kind, p) in enumerate(zip(self.kinds, params, strict=True)):
             if kind is not None and p is not None:
                 q = p["m"].shape[0]
-                inner, outer, blocks = Sides.of(
+                inner, outer, blocks = FeatureMaps.of(
                     kind, width, self.layout.part_features(i), q, sharded=self.layout.sharded
                 )
                 rotated = kind == "rotation" and blocks > 1
@@ -152,35 +152,36 @@ class FusedMoRA:
             group.matrix([params[i]["m"] * params[i]["scaling"] for i, _ in group.parts], dtype) for group in groups
         ]
 
-    def _output(self, groups: list[_Group], held, matrices: list[Array]) -> Array:
+    def _output(self, groups: list[_Group], residuals, matrices: list[Array]) -> Array:
         """float32 `[N, features]`."""
         parts: dict[int, Array] = {}
-        for group, residual, w in zip(groups, held, matrices, strict=True):
+        for group, residual, w in zip(groups, residuals, matrices, strict=True):
             for (i, outer), z in zip(group.parts, group.product(group.inputs(residual), w), strict=True):
                 parts[i] = outer(z)
         for i in set(range(len(self.kinds))) - parts.keys():
-            parts[i] = jnp.zeros((len(held[0]), self.layout.part_features(i)), held[0].dtype)
+            parts[i] = jnp.zeros((len(residuals[0]), self.layout.part_features(i)), residuals[0].dtype)
         return widened(self.layout.join_tokens([parts[i] for i in range(len(self.kinds))]))
 
     def forward(self, x: Array, params):
         """As `Delta.forward`."""
         groups = self._groups(x.shape[1], params)
-        held = tuple(group.held(x) for group in groups)
-        return self._output(groups, held, self._matrices(groups, params, x.dtype)), (held, params, _Width(x.shape[1]))
+        residuals = tuple(group.residual(x) for group in groups)
+        y = self._output(groups, residuals, self._matrices(groups, params, x.dtype))
+        return y, (residuals, params, _Width(x.shape[1]))
 
     def backward(self, residuals, dy: Array):
         """As `Delta.backward`."""
-        held, params, width = residuals
+        by_group, params, width = residuals
         groups = self._groups(width.features, params)
         gradients: list[Any] = [None if p is None else dict.fromkeys(p) for p in params]
-        slopes = []
-        for group, residual, w in zip(groups, held, self._matrices(groups, params, dy.dtype), strict=True):
+        dx = []
+        for group, residual, w in zip(groups, by_group, self._matrices(groups, params, dy.dtype), strict=True):
             dz = [outer.transpose(self.layout.take_flat(dy, i)).astype(dy.dtype) for i, outer in group.parts]
-            slopes.append(widened(group.inner.transpose(group.product_back(dz, w))))
+            dx.append(widened(group.inner.transpose(group.product_back(dz, w))))
             dw = group.gradient(group.inputs(residual), dz)
             for (i, _), square in zip(group.parts, group.squares(dw), strict=True):
                 gradients[i]["m"] = square * params[i]["scaling"]
-        return added(*slopes), tuple(gradients)
+        return added(*dx), tuple(gradients)
 
 
 def _flat(x: Array) -> Array:

@@ -20,7 +20,7 @@ BLOCK_KINDS = ("rotation", "decouple")
 
 
 class Form(enum.Enum):
-    """How a `Walk` is computed: the same sums in another way."""
+    """How a `CyclicMap` is computed: the same sums in another way."""
 
     SLICES = "slices of the features are put together and added"
     SPLIT = "the axis of features is split in two, for many pieces"
@@ -46,7 +46,7 @@ class Form(enum.Enum):
 _PIECES = 256  # slices in one program are few enough to compile
 
 
-class Walk(NamedTuple):
+class CyclicMap(NamedTuple):
     """Step f of `length` adds input `f mod source` to output `f mod target`: cyclic padding, tiles, strided sums."""
 
     length: int
@@ -87,9 +87,9 @@ class Walk(NamedTuple):
         return dot32(x, added(*(((step < self.length) & (step % few == one)).astype(x.dtype) for step in steps)))
 
     @property
-    def transpose(self) -> Walk:
+    def transpose(self) -> CyclicMap:
         """The map of gradients."""
-        return Walk(self.length, self.target, self.source, self.form)
+        return CyclicMap(self.length, self.target, self.source, self.form)
 
 
 class GroupSums(NamedTuple):
@@ -131,10 +131,10 @@ class Repeats(NamedTuple):
         return GroupSums(self.features, self.groups)
 
 
-Map = Walk | GroupSums | Repeats
+Map = CyclicMap | GroupSums | Repeats
 
 
-class Sides(NamedTuple):
+class FeatureMaps(NamedTuple):
     """What stands around M.
 
     Attributes:
@@ -148,14 +148,18 @@ class Sides(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, kind: str, in_features: int, out_features: int, q: int, *, sharded: bool = False) -> Sides:
+    def of(cls, kind: str, in_features: int, out_features: int, q: int, *, sharded: bool = False) -> FeatureMaps:
         """Those of a kind whose M has the side q; `sharded` as in `Form.of`."""
         if kind == "truncation":
-            return cls(Walk(min(q, in_features), in_features, q), Walk(min(q, out_features), q, out_features), 1)
+            return cls(
+                CyclicMap(min(q, in_features), in_features, q), CyclicMap(min(q, out_features), q, out_features), 1
+            )
         if kind in BLOCK_KINDS:
             blocks = used_blocks(in_features, out_features, q)
             size, form = blocks * q, Form.of(blocks, shared=False, sharded=sharded)
-            return cls(Walk(size, in_features, size, form), Walk(out_features, size, out_features, form), blocks)
+            return cls(
+                CyclicMap(size, in_features, size, form), CyclicMap(out_features, size, out_features, form), blocks
+            )
         return cls(compression(kind, in_features, q, sharded), decompression(kind, out_features, q, sharded), 1)
 
 
@@ -164,14 +168,14 @@ def compression(kind: str, in_features: int, q: int, sharded: bool = False) -> M
     if kind not in STRIDED:
         return GroupSums(in_features, q)
     pieces = -(-in_features // q)
-    return Walk(pieces * q, in_features, q, Form.of(pieces, shared=True, sharded=sharded))
+    return CyclicMap(pieces * q, in_features, q, Form.of(pieces, shared=True, sharded=sharded))
 
 
 def decompression(kind: str, out_features: int, q: int, sharded: bool = False) -> Map:
     """The repetitions of a kind in `SHARED`; `sharded` as in `Form.of`."""
     if kind not in TILED:
         return Repeats(out_features, q)
-    return Walk(out_features, q, out_features, Form.of(-(-out_features // q), shared=True, sharded=sharded))
+    return CyclicMap(out_features, q, out_features, Form.of(-(-out_features // q), shared=True, sharded=sharded))
 
 
 def used_blocks(in_features: int, out_features: int, q: int) -> int:

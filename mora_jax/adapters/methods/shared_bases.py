@@ -32,7 +32,7 @@ class SharedBasesConfig(CommonConfig):
     projection_prng_key: int = field(default=0, metadata={"limits": COUNT})
     widths: tuple[int, int] | None = None
     bias: str = field(default="none", metadata={"choices": BIASES})
-    implied = ("widths",)
+    derived_fields = ("widths",)
 
     def __post_init__(self):
         super().__post_init__()

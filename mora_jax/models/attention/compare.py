@@ -71,13 +71,13 @@ def compare() -> Iterator[Comparison]:
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
     tolerance = TOLERANCES["cpu" if on_cpu else "matrix unit"]
     arrays = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in (*shapes, shapes[0])]
-    query, key, value, slope = (np.asarray(array, np.float64) for array in arrays)
+    query, key, value, doutput = (np.asarray(array, np.float64) for array in arrays)
     for name, packed, function in kernels():
         segments = _segments(packed)
         for window in WINDOWS:
             started = time.perf_counter()
             gradients = _gradients(partial(function, segments=jnp.asarray(segments), window=window), *arrays)
-            expected = plain_attention(query, key, value, slope, segments, window)
+            expected = plain_attention(query, key, value, doutput, segments, window)
             pairs = zip(gradients, expected, strict=True)
             error = max(
                 np.abs(np.asarray(ours, np.float64) - right).max() / np.abs(right).max() for ours, right in pairs
@@ -87,14 +87,14 @@ def compare() -> Iterator[Comparison]:
 
 
 def plain_attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, slope: np.ndarray, segments: np.ndarray, window: int | None
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, doutput: np.ndarray, segments: np.ndarray, window: int | None
 ) -> tuple[np.ndarray, ...]:
     """Causal attention inside segments and its gradients by the formula, every score at once, in float64.
 
     Args:
         query: `[B, T, G, N, H]`.
         key, value: `[B, T, G, H]`.
-        slope: the gradient of the output, in its shape.
+        doutput: the gradient of the output, in its shape.
         segments: int `[B, T]`; 0 is padding.
         window: how many places back a query sees, itself included; None for all.
 
@@ -108,13 +108,13 @@ def plain_attention(
     top = np.max(scores, axis=-1, keepdims=True)
     powers = np.where(seen, np.exp(scores - np.where(np.isfinite(top), top, 0)), 0)
     weights = powers / np.maximum(powers.sum(-1, keepdims=True), 1e-300)
-    of_weights = np.einsum("btgnh,bsgh->bgnts", slope, value)
+    of_weights = np.einsum("btgnh,bsgh->bgnts", doutput, value)
     of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True)) * SCALE
     return (
         np.einsum("bgnts,bsgh->btgnh", weights, value),
         np.einsum("bgnts,bsgh->btgnh", of_scores, key),
         np.einsum("bgnts,btgnh->bsgh", of_scores, query),
-        np.einsum("bgnts,btgnh->bsgh", weights, slope),
+        np.einsum("bgnts,btgnh->bsgh", weights, doutput),
     )
 
 
@@ -127,11 +127,11 @@ def _segments(packed: bool) -> np.ndarray:
     return segments
 
 
-def _gradients(function: Attention, query: Array, key: Array, value: Array, slope: Array) -> tuple[Array, ...]:
+def _gradients(function: Attention, query: Array, key: Array, value: Array, doutput: Array) -> tuple[Array, ...]:
     @jax.jit
     def run(query: Array, key: Array, value: Array) -> Any:
         out, pullback = jax.vjp(function, query, key, value)
-        return out, *pullback(slope)
+        return out, *pullback(doutput)
 
     return run(query, key, value)
 

@@ -155,12 +155,12 @@ class OutputGradients(NamedTuple):
     """What the backward pass knows of each query.
 
     Attributes:
-        slope: `[B, G, N, T, H]`, the derivative by the output.
+        doutput: `[B, G, N, T, H]`, the derivative by the output.
         log_sum: `[B, G, N, T]`, see `SoftmaxState.finish`.
-        mean: float32 `[B, G, N, T]`, Σ slope · output.
+        mean: float32 `[B, G, N, T]`, Σ doutput · output.
     """
 
-    slope: Array
+    doutput: Array
     log_sum: Array
     mean: Array
 

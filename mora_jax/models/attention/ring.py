@@ -249,11 +249,11 @@ def _back(ring: Ring, tiling: Tiling, query, key, value, out, dout, log_sum, seg
     output_grads = _Pair(*map(OutputGradients, dealer.deal(dout, 3), dealer.deal(log_sum, 3), dealer.deal(mean, 3)))
     keys = _Pair(*map(_Held, dealer.deal(key, 2), dealer.deal(value, 2), marks))
     grads = [
-        attend_vjp(tiling, q, a, r, h.key, h.value, a, traced_window, _no_slopes(q, h.key, h.value))
+        attend_vjp(tiling, q, a, r, h.key, h.value, a, traced_window, _no_gradients(q, h.key, h.value))
         for q, a, r, h in zip(queries, query_block, output_grads, keys, strict=True)
     ]
-    dquery = _Pair(*(slope.query for slope in grads))
-    dheld = _Pair(*((slope.key, slope.value) for slope in grads))
+    dquery = _Pair(*(gradient.query for gradient in grads))
+    dheld = _Pair(*((gradient.key, gradient.value) for gradient in grads))
 
     def turn(number: Array, carry: tuple[_Pair, _Pair, _Pair]) -> tuple[_Pair, _Pair, _Pair]:
         keys, dheld, dquery = carry
@@ -281,8 +281,8 @@ def _back(ring: Ring, tiling: Tiling, query, key, value, out, dout, log_sum, seg
     _, dheld, dquery = lax.fori_loop(0, ring.size, turn, (keys, dheld, dquery))
     dkey, dvalue = (_Pair(*pieces) for pieces in zip(*dheld, strict=True))
     gradients = dealer.collect(dquery, 3), dealer.collect(dkey, 2), dealer.collect(dvalue, 2)
-    return tuple(slope.astype(like.dtype) for slope, like in zip(gradients, (query, key, value), strict=True))
+    return tuple(gradient.astype(like.dtype) for gradient, like in zip(gradients, (query, key, value), strict=True))
 
 
-def _no_slopes(*arrays: Array) -> Gradients:
+def _no_gradients(*arrays: Array) -> Gradients:
     return Gradients(*(jnp.zeros(array.shape, jnp.float32) for array in arrays))

@@ -151,7 +151,7 @@ def adapter_settings(config: Any) -> dict[str, Any]:
             elif value == ():
                 value = None
             values[field.name] = value
-        elif field.name in config.implied or "by_run" in field.metadata:
+        elif field.name in config.derived_fields or "by_run" in field.metadata:
             continue  # the model or the run says it
         elif field.init and value != field.default:
             raise InputError(f"adapter: {type(config).__name__}({field.name}={value!r}) can't be set for a run")

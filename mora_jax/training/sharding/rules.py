@@ -339,7 +339,7 @@ def _gathered(used: NamedSharding, stored: NamedSharding, array: Array) -> Array
     def gather(array):
         return constrain(array, used)
 
-    gather.defvjp(lambda array: (constrain(array, used), None), lambda _, slope: (constrain(slope, stored),))
+    gather.defvjp(lambda array: (constrain(array, used), None), lambda _, gradient: (constrain(gradient, stored),))
     return gather(array)
 
 

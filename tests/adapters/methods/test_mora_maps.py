@@ -11,7 +11,7 @@ from mora_jax.adapters.methods import mora_maps
 from mora_jax.adapters.methods.lora import FusedLoRA
 from mora_jax.adapters.methods.mora import KINDS, delta_weight, square_rank
 from mora_jax.adapters.methods.mora_fused import FusedMoRA
-from mora_jax.adapters.methods.mora_maps import Form, Sides, Walk
+from mora_jax.adapters.methods.mora_maps import CyclicMap, FeatureMaps, Form
 from mora_jax.adapters.products.matmul import FusedLayout
 
 # length, source, target: tiles with a rest and without, sums with a rest and without, padding of both sides, one step.
@@ -23,7 +23,10 @@ WALKS = [(11, 4, 11), (12, 4, 12), (12, 12, 5), (12, 10, 4), (8, 5, 8), (5, 8, 9
 def test_walk_against_its_steps(walk, form):
     length, source, target = walk
     x = np.random.default_rng(0).normal(size=(3, source)).astype(np.float32)
-    for step, sizes in ((Walk(*walk, form), (source, target)), (Walk(*walk, form).transpose, (target, source))):
+    for step, sizes in (
+        (CyclicMap(*walk, form), (source, target)),
+        (CyclicMap(*walk, form).transpose, (target, source)),
+    ):
         given = x if sizes[0] == source else np.resize(x, (3, target))
         expected = np.zeros((3, sizes[1]), np.float32)
         for f in range(length):
@@ -34,7 +37,7 @@ def test_walk_against_its_steps(walk, form):
 def test_sums_of_bfloat16_are_wide():
     x = jnp.array([[1.0, 2**-10]], jnp.bfloat16)
     for form in Form:
-        assert Walk(2, 2, 1, form)(x)[0, 0] == 1 + 2**-10
+        assert CyclicMap(2, 2, 1, form)(x)[0, 0] == 1 + 2**-10
 
 
 # How matrices share an output, and the number of inputs: more outputs than inputs and fewer, sizes that don't divide.
@@ -124,7 +127,7 @@ def test_forms_of_fused_updates(name, sharded, dtype, tolerance, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(mora_maps, "_PIECES", 0)  # all axes are split
         expected = jax.jit(lambda: programs(layout))()
-    walks = [Sides.of(kind, width, 20, 6, sharded=sharded).outer for kind in ("sharing", "rotation")]
+    walks = [FeatureMaps.of(kind, width, 20, 6, sharded=sharded).outer for kind in ("sharing", "rotation")]
     assert [walk.form for walk in walks] == ([Form.MATRIX, Form.SPLIT] if sharded else [Form.SLICES] * 2)
     found = jax.jit(lambda: programs(dataclasses.replace(layout, sharded=sharded)))()
     for kind, one, other in zip(KINDS, expected, found, strict=True):
