@@ -18,7 +18,7 @@ from mora_jax.studies.intervals import Interval, interval
 from mora_jax.studies.study import CHOOSING, EXPLORATORY, REPORTED, Cell, Metric, Preset, Study
 from mora_jax.sweeps.results import RunResult
 
-FAILED = "failed"
+FAILED, NOT_ENDED = "failed", "not ended"
 PERTURBED = "perturbed weights"
 #: (step, value) in the order of steps.
 Curve = list[tuple[int, float]]
@@ -52,7 +52,7 @@ def observations(study: Study, preset: str, cells: Mapping[str, Cell], runs: Ite
         }
         note = run.failed or (PERTURBED if cell.perturbed else None)
         measured = list(_measured(run)) if run.summary and not run.failed else []
-        for step, metric, value in measured or [(None, FAILED if run.failed else "not ended", None)]:
+        for step, metric, value in measured or [(None, FAILED if run.failed else NOT_ENDED, None)]:
             rows.append({**head, "step": step, "metric": metric, "value": value, "note": note, "versions": versions})
     return pd.DataFrame(rows)
 
@@ -88,14 +88,15 @@ class Results:
         perturbed: whether the reported values are those of cells that started from perturbed weights.
 
     Attributes:
-        arms, levels: their names, in order.
+        arms, levels: their names, in order; levels of which no cell ended are left out, beside others.
     """
 
     def __init__(self, frame: pd.DataFrame, study: Study, preset: Preset, *, perturbed: bool = False) -> None:
         self.frame, self.study, self.preset, self.perturbed = frame, study, preset, perturbed
         order = list(dict.fromkeys([*(arm.name for _, arm in preset.pairs()), *frame["arm"]]))
         self.arms = sorted(set(frame["arm"]), key=order.index)
-        self.levels = list(dict.fromkeys(frame["level"]))
+        ended = frame[frame["metric"] != NOT_ENDED]
+        self.levels = list(dict.fromkeys((frame if ended.empty else ended)["level"]))
 
     @classmethod
     def read(cls, file: Path, study: Study) -> Results:
@@ -198,7 +199,9 @@ class Results:
         return list(dict.fromkeys(self._where(stage, arm, level)["cell"]))
 
     def missing(self) -> list[tuple[str, str]]:
-        """The cells without a result, and why."""
+        """The cells without a result, and why; a level without any as one."""
         rows = self.frame[self.frame["value"].isna() & self.frame["step"].isna()]
-        triples = zip(rows["cell"], rows["metric"], rows["note"], strict=True)
-        return [(cell, f"{metric}: {note}" if metric == FAILED else metric) for cell, metric, note in triples]
+        there = rows["level"].isin(self.levels)
+        triples = zip(*(rows[there][name] for name in ("cell", "metric", "note")), strict=True)
+        cells = [(cell, f"{metric}: {note}" if metric == FAILED else metric) for cell, metric, note in triples]
+        return [*cells, *((level, "no cell ended") for level in dict.fromkeys(rows[~there]["level"]))]

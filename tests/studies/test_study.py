@@ -27,6 +27,7 @@ from mora_jax.evaluation.perplexity import score
 from mora_jax.interop import load_adapter, load_pretrained
 from mora_jax.studies import run as run_module
 from mora_jax.studies.cells import cell_config, reported_cells, search
+from mora_jax.studies.claims import claims
 from mora_jax.studies.folder import StudyFolder
 from mora_jax.studies.instruct import Instruct
 from mora_jax.studies.intervals import interval, paired
@@ -198,6 +199,18 @@ def test_a_cell_that_cannot_begin_is_named_and_the_others_go_on(done):
     arm, *_, steps = [line for line in text.splitlines() if line.startswith("| no layer")]
     assert "| 0 (2 diverged) | diverged |" in arm
     assert steps == "| no layer | missing |"
+
+
+def test_levels_that_did_not_run_are_named_once():
+    frame = pd.read_csv(Path(__file__).parents[2] / "docs/studies/memorize/small/cells.csv", keep_default_na=False)
+    frame["value"] = pd.to_numeric(frame["value"], errors="coerce")
+    more = frame.drop_duplicates("cell").assign(level="96 pairs", metric="not ended", step=math.nan, value=math.nan)
+    whole, part = (Results(each, Memorize(), Memorize.presets["small"]) for each in (frame, pd.concat([frame, more])))
+    assert part.levels == whole.levels == [""]
+    assert claims(part) == claims(whole)
+    assert part.missing() == [*whole.missing(), ("96 pairs", "no cell ended")]
+    failed = pd.concat([frame, more.assign(metric="failed", note="why")])
+    assert Results(failed, Memorize(), Memorize.presets["small"]).levels == ["", "96 pairs"]
 
 
 def test_figures_are_there_in_both_forms(done):
