@@ -1,7 +1,7 @@
 # make demo       fine-tune the embedded model with every method and print one table
 # make test       the tests; TESTS=tests/data names some
 # make test-peers the tests against torch and PEFT, which it installs
-# make test-slice 15 minutes of the slow tests, of each commit others; MINUTES=
+# make test-slice 12 minutes of the slow tests, of each commit others; MINUTES=
 # make test-colab the tests of what notebooks use, with the oldest versions: those that Colab has (Python 3.13)
 # make test-all   all of them: peers, slow ones, notebooks, the TPU compiler
 # make bench      the tables of benchmarks/, into runs/benchmarks; ARGS="decoding --quick" names one in small sizes
@@ -51,7 +51,7 @@ test: $(VENV)/.installed-test
 test-peers: $(VENV)/.installed-peers
 	$(PYTEST) -m "not slow and peers" $(ARGS)
 
-MINUTES := 15
+MINUTES := 12
 test-slice: $(VENV)/.installed-all
 	$(PYTEST) -m slow --slice "$$(git rev-parse HEAD)" --minutes $(MINUTES) --no-loadscope-reorder -rNfE $(ARGS)
 
