@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 CURVATURE = ROOT / "docs/studies/rates/quick/curvature.csv"
 PAGE, TEMPLATE = ROOT / "docs/studies/index.md", Path(__file__).with_suffix(".md")
 
-WRITTEN = "generated accuracy"
+WRITTEN, STORED = "generated accuracy", "bits stored"
 NEW, OLD = "loss on the new domain, nats a token", "loss on the old domain, nats a token"
 RISE = "rise of the old domain's loss at equal learning, nats a token"
 TEST, BASE = "test loss at the best epoch, nats a token", "loss on base texts, nats a token"
@@ -42,8 +42,9 @@ CLAIMS = [
     ),
     (
         "MoRA stores more than LoRA at equal parameters (2405.12130)",
-        [],
-        "`memorize` saturation: bits stored against pairs until nothing more is learned",
+        [("memorize/saturation", f"MoRA {kind} r1 − {lora}", STORED, "256 pairs", 1)
+         for kind in ("sharing", "rotation") for lora in ("LoRA r1", "LoRA r1, α = 8r")],
+        "more steps, the other numbers of pairs, and `memorize` small",
     ),
     (
         "LoRA learns less than full fine-tuning (2405.09673)",
@@ -72,6 +73,8 @@ CLAIMS = [
 EFFECTS = {
     **{f"{kind}_lead_{preset}": (f"memorize/{preset}", f"MoRA {kind} r2 − LoRA r2", WRITTEN, level)
        for kind in ("sharing", "rotation") for preset, level in (("quick", "128 pairs"), ("small", ""))},
+    **{f"{short}_{kind}": ("memorize/saturation", f"MoRA {kind} r1 − LoRA r1", metric, "256 pairs")
+       for short, metric in (("stored_lead", STORED), ("written_lead", WRITTEN)) for kind in ("sharing", "rotation")},
     **{f"{name}_{short}": ("forget/quick", f"{arm} − full", metric, "")
        for name, metric in (("new", NEW), ("old", OLD), ("rise", RISE))
        for arm, short in (("LoRA r2", "r2"), ("LoRA r16", "r16"), ("MoRA sharing r2", "sharing"),
@@ -133,6 +136,11 @@ def numbers(tables: dict[str, Results], stated: dict[str, list[Claim]]) -> dict[
                            ("MoRA rotation r2", "rotation")):  # fmt: skip
             if arm in results.arms_at(level):
                 values[f"{short}_{name}"] = results.mean("generated_accuracy", arm, level).text(2)
+    saturation = tables["memorize/saturation"]
+    for arm, short in (("LoRA r1", "lora"), ("LoRA r1, α = 8r", "alpha"), ("MoRA sharing r1", "sharing"),
+                       ("MoRA rotation r1", "rotation"), ("HiRA r1", "hira")):  # fmt: skip
+        stored, before = (saturation.mean("bits_stored", arm, "256 pairs", share=share) for share in (1.0, 0.75))
+        values |= {f"stored_{short}": stored.text(0), f"added_{short}": f"{stored.mean - before.mean:.0f}"}
     rates = tables["rates/quick"]
     loras = {rates.rate(f"LoRA r{rank}", "1024 rows") for rank in (1, 4, 16)}
     values |= {
@@ -142,6 +150,7 @@ def numbers(tables: dict[str, Results], stated: dict[str, list[Claim]]) -> dict[
     values |= curvature(rates) | intruders(tables["forget/ranks"])
     for name, results in tables.items():
         short, decided = name.replace("/", "_"), [one for one in stated[name] if one.decided]
+        values[f"seeds_{short}"] = str(results.preset.seeds)
         values[f"decided_{short}"] = f"{len(decided)} of {len(stated[name])}"
         again = [one.robust for one in decided if one.robust is not None]
         values[f"robust_{short}"] = f"{sum(again)} of {len(again)}"
