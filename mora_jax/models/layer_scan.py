@@ -49,13 +49,13 @@ class Places(NamedTuple):
     def gather(self, layer: list[Any]) -> list[Any]:
         """The leaves of a layer as it uses them."""
         leaves = zip(layer, self.used, self.output_axes, strict=True)
-        return [_moved(_constrained(leaf, sharding), lead, 1) for leaf, sharding, lead in leaves]
+        return [_moved(_constrained(leaf, sharding), axis, 1) for leaf, sharding, axis in leaves]
 
     def scatter(self, gradients: list[Any], active: tuple[bool, ...]) -> list[Any]:
         """Gradients of the active leaves, back to where the leaves are stored."""
         places = [place for *place, on in zip(self.stored, self.output_axes, active, strict=True) if on]
         leaves = zip(gradients, places, strict=True)
-        return [_constrained(_moved(leaf, 1, lead), sharding) for leaf, (sharding, lead) in leaves]
+        return [_constrained(_moved(leaf, 1, axis), sharding) for leaf, (sharding, axis) in leaves]
 
 
 def _constrained(leaf: Any, sharding: Any) -> Any:

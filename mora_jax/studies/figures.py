@@ -64,7 +64,7 @@ def new_figure(columns: int = 1, rows: int = 1, *, height: float = 3.0) -> tuple
 
 
 def finish(figure: Any, results: Results, text: str, *, columns: int = 3) -> Any:
-    """Puts one legend of all panels above them and a caption below, and returns the figure.
+    """Takes empty panels away, puts one legend of all above them and a caption below, and returns the figure.
 
     Args:
         figure: which.
@@ -74,6 +74,8 @@ def finish(figure: Any, results: Results, text: str, *, columns: int = 3) -> Any
     """
     entries: dict[str, Any] = {}
     for panel in figure.axes:
+        if not panel.has_data():  # of a grid with more places than levels
+            panel.remove()
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     caption = "\n".join(textwrap.wrap(f"{results.study.name}: n = {results.preset.seeds} seeds. {text}", 105))

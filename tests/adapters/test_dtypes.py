@@ -220,9 +220,7 @@ def test_folders_keep_float64(tmp_path, name):
 
 def layer_of(name):
     """A float64 layer with an adapter of random values, and what the layer computes."""
-    layer = nnx.Dict(up=LAYERS["linear"](rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64))
-    mj.attach(layer, CONFIGS[name], rngs=nnx.Rngs(1))
-    nnx.update(layer, jax.tree.map(lambda a: a + 0.1 * draw(*a.shape), nnx.state(layer, mj.AdapterParam)))
+    layer = filled(lambda **options: nnx.Dict(up=LAYERS["linear"](**options)), CONFIGS[name])
     return layer, np.asarray(layer.up(draw(4, IN)))
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mora_jax.studies.conclusion import rates_table
+from mora_jax.studies.figures import rates_figure
 from mora_jax.studies.instruct import Instruct
 from mora_jax.studies.results import Results
 
@@ -28,3 +29,9 @@ def test_a_metric_that_was_not_measured_at_every_rate_is_missing_there():
     assert len(rows) > 10
     assert {row.count("|") for row in rows} == {heads.count("|")}
     assert any("| missing |" in row for row in rows)
+
+
+def test_a_figure_has_no_panel_without_data():
+    results = Results.read(ROOT / "docs/studies/instruct/quick/cells.csv", Instruct())
+    frame = results.frame[results.frame["level"].isin(results.levels[:3])]
+    assert len(rates_figure(Results(frame, results.study, results.preset)).axes) == 3
