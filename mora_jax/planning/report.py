@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mora_jax.planning.advice import Advice
 from mora_jax.planning.plan import ASSUMPTION, Plan
+from mora_jax.training.display import duration
 
 _GB = 1e9
 QUANTISATION = {
@@ -117,9 +118,11 @@ def _tables(plans: dict[str, Plan], price: float | None) -> Iterator[Table]:
         "tokens/s a chip": lambda plan: _range(*plan.estimate.tokens_per_second(plan.tokens / plan.topology.chips)),
     }
     if asked.hours is None:
-        cost["hours"] = lambda plan: "set train.steps"
+        cost["time"] = lambda plan: "set train.steps"
     else:
-        cost[f"hours for {asked.config.train.steps} steps"] = lambda plan: _range(*(plan.hours or (0, 0)))
+        cost[f"time for {asked.config.train.steps} steps"] = lambda plan: " to ".join(
+            duration(3600 * hours) for hours in plan.hours or (0, 0)
+        )
         if price is not None:
             cost["cost"] = lambda plan: _range(*_costs(plan, price))
     yield table("Estimated", cost)
