@@ -15,6 +15,7 @@ from safetensors import safe_open
 import mora_jax as mj
 from mora_jax.models import init_decoder
 from mora_jax.models.families import FAMILIES
+from tests.adapters.test_conformance import CASES as CASES_OF_METHODS
 from tests.interop.test_load import write_tokenizer
 from tests.models.odd import ODD
 from tests.models.tiny import LLAMA, fill_randomly, hf_config, hf_folder, random_ids
@@ -249,3 +250,17 @@ def test_a_scaling_that_files_do_not_hold_is_refused(config, tmp_path):
     with pytest.raises(mj.InputError, match="up has scaling .*, and files of .* hold none but"):
         mj.save_adapter(layer, tmp_path / "scaled")
     assert not (tmp_path / "scaled").exists()
+
+
+@pytest.mark.parametrize("case", CASES_OF_METHODS)
+def test_a_model_that_is_one_layer_comes_back(case, tmp_path):
+    config = CASES_OF_METHODS[case]
+    model, again = (nnx.Linear(20, 30, rngs=nnx.Rngs(0)) for _ in range(2))
+    x = np.random.default_rng(1).normal(size=(5, 20)).astype(np.float32)
+    plain = model(x)
+    mj.attach(model, config, rngs=nnx.Rngs(1))
+    fill_randomly(model)
+    mj.save_adapter(model, tmp_path / "a")
+    mj.load_adapter(again, tmp_path / "a")
+    assert np.abs(plain - again(x)).max() > 1e-2
+    np.testing.assert_allclose(again(x), model(x), atol=2e-6)

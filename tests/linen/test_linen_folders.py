@@ -374,3 +374,13 @@ def test_trees_and_linen_read_each_others_stacks_at_different_depths(writer, tmp
     np.testing.assert_allclose(Nested().apply({"params": merged}, X), y, rtol=1e-4, atol=1e-5)
     found, loaded = load_adapter({"params": params}, tmp_path / "adapter")
     np.testing.assert_array_equal(output(Nested(), found, loaded, X), y)
+
+
+@pytest.mark.parametrize("config", [mj.LoRAConfig(rank=2), mj.MoRAConfig(rank=2), mj.IA3Config(targets="all-linear")])
+def test_a_model_that_is_one_layer_comes_back(config, tmp_path):
+    model, x = nn.DenseGeneral((3, 2)), X[0]
+    variables, y, report = trained(model, config, x)
+    assert np.abs(y - model.apply({"params": variables["params"]}, x)).max() > 1e-2
+    save_adapter(variables, tmp_path / "adapter", config, report=report)
+    found, read = load_adapter({"params": variables["params"]}, tmp_path / "adapter", report=report)
+    np.testing.assert_allclose(output(model, found, read, x), y, atol=1e-6)

@@ -16,6 +16,7 @@ from flax import nnx
 from mora_jax.adapters.attach import AdapterEntry
 from mora_jax.adapters.config.common import BIASES, CommonConfig
 from mora_jax.adapters.config.limits import Number
+from mora_jax.adapters.config.patterns import exactly
 from mora_jax.adapters.sites import Site
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
@@ -156,7 +157,7 @@ class Format:
         settings = {setting: values.get(name, default) for name, (setting, default) in self.settings.items()}
         if self.bias_name:
             settings["bias"] = self.bias(values)
-        return self.config(targets=(path,), **(settings | extra))  # type: ignore[call-arg]  # every method has targets
+        return self.config(targets=exactly((path,)), **(settings | extra))  # type: ignore[call-arg]  # each has targets
 
     def tensors(self, values: dict[str, Any]) -> tuple[set[str], set[str]]:
         """Which tensors a target must have and which it may have, by their keys in `tensor_names`."""

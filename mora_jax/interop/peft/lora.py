@@ -20,7 +20,7 @@ from mora_jax.adapters.config import (
 )
 from mora_jax.adapters.config.common import CommonConfig
 from mora_jax.adapters.config.limits import NUMBERS
-from mora_jax.adapters.config.patterns import pattern_for, value_at
+from mora_jax.adapters.config.patterns import exactly, pattern_for, value_at
 from mora_jax.adapters.methods.mora import KINDS, square_rank
 from mora_jax.errors import InputError
 from mora_jax.interop.adapter_values import AdapterValues
@@ -210,14 +210,14 @@ def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
     use_dora = bool(values.get("use_dora"))
     kind = mora_kind(values, "")
     if kind is not None:
-        return MoRAConfig(rank=rank, kind=kind, dropout=dropout, targets=(path,), use_dora=use_dora)
+        return MoRAConfig(rank=rank, kind=kind, dropout=dropout, targets=exactly((path,)), use_dora=use_dora)
     alpha = float(_alpha_at(values, path))
     init = values.get("init_lora_weights")
     start = init if init in _FROM_BASE else "kaiming"
     plain_kind = _FROM_BASE.get(start, DoRAConfig if use_dora else LoRAConfig)
     method = RsLoRAConfig if values.get("use_rslora") else plain_kind
-    bias = values.get("bias", "none")
-    return method(rank=rank, alpha=alpha, dropout=dropout, targets=(path,), bias=bias, use_dora=use_dora, init=start)
+    settings = {"targets": exactly((path,)), "bias": values.get("bias", "none"), "use_dora": use_dora, "init": start}
+    return method(rank=rank, alpha=alpha, dropout=dropout, **settings)
 
 
 def scaling_at(values: dict[str, Any], path: str) -> float:
@@ -282,7 +282,7 @@ class BitfitFormat(LoraFormat):
                 "supported; merge it in PEFT"
             )
         change = target.read("added", (target.place.out_features,)) * lora["scaling"]
-        return AdapterValues(BitFitConfig(targets=(target.path,)), {"bias": change})
+        return AdapterValues(BitFitConfig(targets=exactly((target.path,))), {"bias": change})
 
     def write(self, entry: AdapterEntry) -> dict[str, np.ndarray]:
         zero_a = np.zeros((1, entry.in_features), np.float32)

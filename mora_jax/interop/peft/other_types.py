@@ -79,7 +79,7 @@ class Ia3Format(Format):
         names = sorted({path.rpartition(".")[2] for path in paths})
         # PEFT takes any path that ends as a name of a list does, and wants the list among that of the targets. So
         # names, where they tell the two apart, then whole paths, then an expression for them.
-        forms: list[tuple[list[str] | str, list[str] | str]] = [(exactly(paths), targets)]
+        forms: list[tuple[list[str] | str, list[str] | str]] = [(exactly(paths) if paths else [], targets)]
         if not isinstance(targets, str):
             forms = [(names, targets), (paths, sorted(inputs)), *forms]
         for feedforward, among in forms:
