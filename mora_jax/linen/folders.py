@@ -283,13 +283,15 @@ def _as_nnx(adapted: list[TreeSite], others: list[TreeSite]) -> nnx.Module:
     """An NNX model of plain layers at the paths of files; those that are to carry adapters have their values."""
     model: Any = _Tree()
     taken = {site.path for site in adapted}
-    for site in [*adapted, *(site for site in others if site.path not in taken)]:
+    sites = [*adapted, *(site for site in others if site.path not in taken)]
+    for site in sorted(sites, key=lambda site: len(site.path)):  # a layer that is the root comes first
         matrices, biases = (site.kernel(), site.bias_rows()) if site.path in taken else (None, None)
         for index, name in site.names():
             kernel, bias = (None if array is None else array[index] for array in (matrices, biases))
             layer = _layer(site.matrix, kernel, bias)
             if not name:
-                return layer
+                model = layer
+                continue
             *above, attribute = name.split(".")
             node = model
             for part in above:

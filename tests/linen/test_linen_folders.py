@@ -376,9 +376,23 @@ def test_trees_and_linen_read_each_others_stacks_at_different_depths(writer, tmp
     np.testing.assert_array_equal(output(Nested(), found, loaded, X), y)
 
 
+class Sharing(nn.Module):
+    base: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.base)
+
+    @nn.compact
+    def __call__(self, x):
+        return self.base(x) + nn.Dense(4, name="extra")(x)
+
+
 @pytest.mark.parametrize("config", [mj.LoRAConfig(rank=2), mj.MoRAConfig(rank=2), mj.IA3Config(targets="all-linear")])
-def test_a_model_that_is_one_layer_comes_back(config, tmp_path):
-    model, x = nn.DenseGeneral((3, 2)), X[0]
+@pytest.mark.parametrize(
+    "model", [nn.DenseGeneral((3, 2)), Sharing(nn.Dense(4)), nn.Sequential([Sharing(nn.Dense(4))])]
+)
+def test_layers_without_a_scope_of_their_own_come_back(model, config, tmp_path):
+    x = X[0]
     variables, y, report = trained(model, config, x)
     assert np.abs(y - model.apply({"params": variables["params"]}, x)).max() > 1e-2
     save_adapter(variables, tmp_path / "adapter", config, report=report)
