@@ -333,7 +333,7 @@ def _one_config(adapters: Mapping[Path, list[AdapterEntry]]) -> Any:
         if hasattr(first.config, "rank_pattern"):
             ranks[path], changes["rank"] = first.config.rank, 1
         if hasattr(first.config, "alpha_pattern"):
-            scaling, power = float(first.params["scaling"]), first.config.scale_power
+            scaling, power = first.params["scaling"][()], first.config.scale_power
             alphas[path] = alpha_for(scaling, first.config.rank, power)
             changes["alpha"] = 1.0
         if hasattr(first.config, "feedforward"):

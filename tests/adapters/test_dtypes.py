@@ -194,12 +194,17 @@ def test_a_magnitude_that_is_the_norm_up_to_rounding_has_gain_1_and_its_gradient
     np.testing.assert_allclose(slope, 1 / norms, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*(name for name in CONFIGS if name != "biases"), "rslora"])
+ODD = {
+    "rslora": mj.RsLoRAConfig(rank=2, alpha=3.0, targets=".*"),
+    "an endless alpha": mj.LoRAConfig(rank=2, alpha=1 / 3, targets=".*"),
+}
+
+
+@pytest.mark.parametrize("name", [*(name for name in CONFIGS if name != "biases"), *ODD])
 def test_folders_keep_float64(tmp_path, name):
     layer = nnx.Dict(up=LAYERS["linear"](rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64))
     plain = nnx.clone(layer)
-    config = mj.RsLoRAConfig(rank=2, alpha=3.0, targets=".*") if name == "rslora" else CONFIGS[name]
-    mj.attach(layer, config, rngs=nnx.Rngs(1))
+    mj.attach(layer, (CONFIGS | ODD)[name], rngs=nnx.Rngs(1))
     arrays = nnx.state(layer, mj.AdapterParam)
     nnx.update(layer, jax.tree.map(lambda array: array + 0.1 * draw(*array.shape), arrays))
     x = draw(4, IN)

@@ -241,12 +241,19 @@ def test_a_bias_with_turned_axes_comes_back(config, tmp_path):
     np.testing.assert_allclose(again.out(x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [mj.MoRAConfig(rank=2, targets=".*"), mj.AdaLoRAConfig(targets=".*")])
-def test_a_scaling_that_files_do_not_hold_is_refused(config, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        (mj.MoRAConfig(rank=2, targets=".*"), 0.5),
+        (mj.AdaLoRAConfig(targets=".*"), 0.5),
+        (mj.LoRAConfig(rank=2, targets=".*"), -1.0),
+    ],
+)
+def test_a_scaling_that_files_do_not_hold_is_refused(config, factor, tmp_path):
     layer = nnx.Dict(up=nnx.Linear(8, 6, rngs=nnx.Rngs(0)))
     mj.attach(layer, config, rngs=nnx.Rngs(1))
     mj.save_adapter(layer, tmp_path / "adapter")
-    layer.up.adapter.scaling[...] = 0.5 * layer.up.adapter.scaling[...]
+    layer.up.adapter.scaling[...] = factor * layer.up.adapter.scaling[...]
     with pytest.raises(mj.InputError, match="up has scaling .*, and files of .* hold none but"):
         mj.save_adapter(layer, tmp_path / "scaled")
     assert not (tmp_path / "scaled").exists()
@@ -264,3 +271,17 @@ def test_a_model_that_is_one_layer_comes_back(case, tmp_path):
     mj.load_adapter(again, tmp_path / "a")
     assert np.abs(plain - again(x)).max() > 1e-2
     np.testing.assert_allclose(again(x), model(x), atol=2e-6)
+
+
+@pytest.mark.parametrize("config", [mj.LoRAConfig(rank=2), mj.VeRAConfig(rank=2), mj.RandLoRAConfig(rank=2, alpha=2.0)])
+def test_a_layer_that_is_switched_off_stays_off(config, tmp_path):
+    # Its widths are the largest, from which bases that layers share are drawn.
+    model = nnx.Dict(up=nnx.Linear(8, 9, rngs=nnx.Rngs(0)), out=nnx.Linear(3, 5, rngs=nnx.Rngs(1)))
+    again, (wide, thin) = nnx.clone(model), (np.ones((2, 8)), np.arange(6.0).reshape(2, 3))
+    mj.attach(model, config, rngs=nnx.Rngs(2))
+    nnx.update(model, jax.tree.map(lambda array: array + 0.3, nnx.state(model, mj.AdapterParam)))
+    model.up.adapter.scaling[...] = jnp.zeros(())
+    mj.save_adapter(model, tmp_path / "adapter")
+    mj.load_adapter(again, tmp_path / "adapter")
+    np.testing.assert_array_equal(again.up(wide), model.up(wide))
+    np.testing.assert_allclose(again.out(thin), model.out(thin), rtol=1e-6)

@@ -169,7 +169,7 @@ class LoraFormat(Format):
             fields = {"use_mora": True, "mora_type": numbers[kind]} if kind in numbers else {KIND_FIELD: kind}
         else:
             # From the scaling that is really used, which may differ by layer.
-            scalings = [float(entry.params["scaling"]) for entry in entries]
+            scalings = [entry.params["scaling"][()] for entry in entries]
             alpha = alpha_for(collections.Counter(scalings).most_common(1)[0][0], rank, config.scale_power)
             alphas = {
                 entry.path: alpha_for(scaling, entry.config.rank, config.scale_power)
@@ -195,12 +195,12 @@ class LoraFormat(Format):
         }
 
 
-def alpha_for(scaling: float, rank: int, power: float) -> float:
-    """The shortest alpha whose scaling, `alpha / rank ** power`, is this one in float32, in which scalings are kept."""
-    alpha = scaling * math.pow(rank, power)
-    shortened = (float(f"{alpha:.{digits}g}") for digits in range(1, 17))
-    target = np.float32(scaling)
-    return next((short for short in shortened if np.float32(short / math.pow(rank, power)) == target), alpha)
+def alpha_for(scaling: np.ndarray | np.floating, rank: int, power: float) -> float:
+    """The shortest alpha whose scaling, `alpha / rank ** power`, is this one in its own dtype."""
+    alpha = float(scaling) * math.pow(rank, power)
+    shortened = (float(f"{alpha:.{digits}g}") for digits in range(1, 18))
+    kept = scaling.dtype.type
+    return next((short for short in shortened if kept(short / math.pow(rank, power)) == scaling), alpha)
 
 
 def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:

@@ -109,10 +109,11 @@ def save_adapter(
             raise InputError(f"{entry.path} has a name that PEFT's files can't hold ({odd[0]}): rename that layer")
         if _is_main(entry, form):
             scaling, expected = entry.params["scaling"], np.float32(adapter_class(entry.config).scale(entry.config))
-            if not isinstance(entry.config, LoRAConfig) and np.float32(scaling) != expected:
+            any_positive = isinstance(entry.config, LoRAConfig)
+            if not (scaling > 0 if any_positive else np.float32(scaling) == expected):
                 raise InputError(
                     f"{entry.path} has scaling {float(scaling):g}, and files of {entry.method} hold none but "
-                    f"{expected:g}: scale its arrays instead, or merge"
+                    f"{'positive ones' if any_positive else f'{expected:g}'}: scale its arrays instead, or merge"
                 )
             main.append(dataclasses.replace(entry, params=form.kept(entry)))
     dense = [entry.path for entry in main if entry.path.endswith((".gate_proj", ".up_proj", ".down_proj"))]

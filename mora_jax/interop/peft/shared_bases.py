@@ -213,6 +213,8 @@ class RandLoraFormat(SharedBasesFormat):
 
     def for_model(self, places: list[Site]) -> RandLoraFormat:
         config = places[0].adapter.config
+        # Layers that are switched off are not in the file, so PEFT draws for the others alone.
+        places = [place for place in places if host(place.adapter.scaling[...]).any()] or places
         drawn = random_bases(config.rank, widest(places), config.projection_prng_key, config.bases)
         names = "randlora_a", "randlora_b"
         pieces = ((_pieces(place, name), base) for place in places for name, base in zip(names, drawn, strict=True))
