@@ -1,5 +1,6 @@
 """One training step put together from a model and a configuration: what `train` runs and `plan` compiles."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.own import OwnModel, draws
 from mora_jax.training.adalora import RankBudget
 from mora_jax.training.config.schema import Config, adapter_config
-from mora_jax.training.optimizer import make_schedule, scheduled, with_rates
+from mora_jax.training.optimizer import check_given, make_schedule, scheduled, with_rates
 from mora_jax.training.preferences import PreferenceLoss, reference_of
 from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.mesh import put
 from mora_jax.training.sharding.rules import Placement, axes_of, placed
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
-from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
+from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state, optimizer_start
 from mora_jax.training.step import StepConfig, make_step
 
 
@@ -60,9 +61,10 @@ class Assembly(NamedTuple):
             return self.runner.place(self.initial_state(seed))
         places = self.runner.places(jax.eval_shape(lambda: self.initial_state(seed)))
         adapters = put(self.adapters, places.adapters)
-        optimizer = jax.jit(self.optimizer.init, out_shardings=places.optimizer)(adapters)
-        start = initial_state({}, optax.identity(), seed)._replace(adapters=adapters, optimizer=optimizer)
-        return put(start, places)
+        start = functools.partial(optimizer_start, self.optimizer)
+        optimizer = jax.jit(start, out_shardings=places.optimizer)(adapters)
+        state = initial_state({}, optax.identity(), seed)._replace(adapters=adapters, optimizer=optimizer)
+        return put(state, places)
 
 
 def assemble(
@@ -89,13 +91,14 @@ def assemble(
     graphdef, adapters, frozen = partition(model)
     structure = Structure(graphdef, adapters, frozen)
     rates = getattr(method, "rates", None)
+    arrays = flat_arrays(adapters), flat_arrays(frozen)
     schedule = None
     if given is None:
         schedule = make_schedule(config.optimizer, steps, restarts)
         optimizer = scheduled(config.optimizer, schedule, rates)
     else:
         optimizer = with_rates(given, rates)
-    arrays = flat_arrays(adapters), flat_arrays(frozen)
+        check_given(optimizer, arrays[0])
     budget = RankBudget.of(model, *arrays)
     if budget is not None:
         optimizer = budget.around(optimizer)

@@ -196,6 +196,12 @@ def finetune(
         >>> [row["step"] for row in result.metrics]
         [1, 2]
     """
+    if callable(learning_rate):
+        raise InputError(
+            "learning_rate is a number; a schedule goes into an optimizer: optimizer=optax.adamw(schedule)"
+        )
+    if callable(callbacks):
+        raise InputError("callbacks is a list of functions: callbacks=[function]")
     arguments = {
         "train.steps": steps,
         "train.batch_size": batch_size,

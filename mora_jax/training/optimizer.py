@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from mora_jax.errors import InputError
 from mora_jax.training.config.schema import OptimizerConfig
 from mora_jax.training.relora import Restarts
-from mora_jax.training.state import streamed
+from mora_jax.training.state import Arrays, streamed
 from mora_jax.training.update_rules import OBJECT, RULES, weight_masks
 
 
@@ -88,6 +89,26 @@ def check_named(config: OptimizerConfig) -> None:
             "optimizer.name=object is an optax object, which the program has that called mora_jax.finetune: go on with "
             "the run there, by finetune(..., optimizer=..., resume=True)"
         )
+
+
+def check_given(optimizer: optax.GradientTransformationExtraArgs, arrays: Arrays) -> None:
+    """Refuses an optimizer that can't take what the step gives it.
+
+    Raises:
+        InputError: it needs another tree than a dictionary of arrays, or an argument that the step doesn't have.
+    """
+    loss, taken = jnp.zeros(()), jnp.array(True)
+
+    def update(arrays: Arrays) -> Any:
+        return optimizer.update(arrays, optimizer.init(arrays), arrays, taken=taken, value=loss, grad=arrays)
+
+    try:
+        jax.eval_shape(update, arrays)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the optimizer doesn't work on a dictionary of arrays with the arguments value and grad alone: {reason}"
+        ) from error
 
 
 def with_rates(

@@ -254,7 +254,8 @@ def make_step(
             penalty=penalty,
             of_loss=of_loss,
         )
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters, taken=taken)
+        extra = {"taken": taken, "value": loss, "grad": gradient}
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapters, **extra)
         if schedule is None:
             metrics = metrics._replace(learning_rate=_learning_rate(optimizer_state))
         adapters: Any = optax.apply_updates(state.adapters, updates)

@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 
+import datasets
 import jax
 import numpy as np
 import optax
@@ -205,6 +206,9 @@ def test_restarts_end_in_a_plain_model(model_path):
         ({"rows": []}, "rows is empty"),
         ({"rows": [3]}, "one is int"),
         ({"rows": {"instruction": "a"}}, "put it into a list"),
+        ({"rows": datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "a"}]))}, "take a split, 'train'"),
+        ({"callbacks": print}, "a list of functions"),
+        ({"learning_rate": optax.constant_schedule(1e-3)}, r"optimizer=optax.adamw\(schedule\)"),
         ({"rows": [{"colour": "red"}]}, "rows in memory, row 1"),
         ({"rows": "absent.json"}, "no such data file: .*absent.json"),
         ({"learning_rate": "1e-3"}, "^optimizer.learning_rate must be a number"),
@@ -257,6 +261,43 @@ def test_an_optax_object_trains_as_the_optimizer_that_it_is(model_path, result):
     np.testing.assert_allclose(losses(ours.metrics), losses(result.metrics), rtol=1e-5)
     assert ours.metrics[0]["learning_rate"] == pytest.approx(2e-4)
     assert ours.config.optimizer.name == "object"
+
+
+def test_optimizers_get_the_loss_and_the_gradients(model_path):
+    def scaled(updates, state, params=None, *, value, grad, **_):
+        return jax.tree.map(lambda u, g: -(u + value * g), updates, grad), state
+
+    rule = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), scaled)
+    keys = {name: value for name, value in KEYS.items() if not name.startswith("optimizer.")}
+
+    def losses_of(optimizer):
+        found = mj.finetune(model_path, ROWS, CONFIG, optimizer=optimizer, steps=2, config=keys, display=quiet())
+        return losses(found.metrics)
+
+    ours = losses_of(optax.chain(rule, optax.scale(1e-2)))
+    np.testing.assert_allclose(ours, losses_of(optax.sgd(1e-2 * (1 + ours[0]))), rtol=1e-5)
+    assert ours[1] != pytest.approx(losses_of(optax.sgd(1e-2))[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_optimizer_that_keeps_the_parameters_themselves(devices, model_path):
+    keys = {name: value for name, value in KEYS.items() if not name.startswith("optimizer.")}
+    keys |= {"mesh.data": 1, "mesh.fsdp": devices}
+    keep = optax.GradientTransformation(
+        lambda params: (params, params), lambda updates, state, params=None: (updates, state)
+    )
+    found = mj.finetune(
+        model_path, ROWS, CONFIG, optimizer=optax.chain(keep, optax.sgd(1e-2)), steps=2, config=keys, display=quiet()
+    )
+    assert len(losses(found.metrics)) == 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"), [(optax.lbfgs(), "'value_fn'"), (optax.lookahead(optax.sgd(0.1), 2, 0.5), "'fast'")]
+)
+def test_optimizers_that_need_more_are_refused(optimizer, words, model_path):
+    with pytest.raises(mj.InputError, match=f"the optimizer doesn't work on a dictionary of arrays .*{words}"):
+        mj.finetune(model_path, ROWS, CONFIG, optimizer=optimizer, steps=2, config={}, display=quiet())
 
 
 def test_a_run_with_an_optax_object_goes_on_bit_for_bit(model_path, tmp_path):

@@ -323,7 +323,9 @@ def memory_rows(given: Any) -> MemoryRows | None:
     if given is None or isinstance(given, str | Path | MemoryRows):
         return given if isinstance(given, MemoryRows) else None
     if isinstance(given, Mapping):
-        raise InputError("rows should be a list of dictionaries and are one dictionary: put it into a list")
+        splits = hasattr(given, "column_names")  # a datasets.DatasetDict
+        hint = f"take a split, {', '.join(map(repr, given))}" if splits else "put it into a list"
+        raise InputError(f"rows should be a list of dictionaries and are one dictionary: {hint}")
     if hasattr(given, "to_dict") and hasattr(given, "columns"):
         return MemoryRows(given)
     if not isinstance(given, Iterable):
