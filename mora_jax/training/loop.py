@@ -379,6 +379,7 @@ class Trainer:
         compilations, last_loss = run.runner.compilation_log, self.observer.last_loss
         self.summary = {
             "method": run.config.adapter.method,
+            "method_settings": setup.method,
             "trainable_parameters": setup.attached.trainable,
             "total_parameters": setup.attached.total,
             "steps": self.point.step,

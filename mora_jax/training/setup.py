@@ -33,7 +33,7 @@ from mora_jax.models.decoder import Decoder
 from mora_jax.models.own import language_model
 from mora_jax.training.adalora import reschedule
 from mora_jax.training.config.load import check_warmup
-from mora_jax.training.config.schema import METHOD_KEYS, AdapterConfig, Config, LossConfig, adapter_config
+from mora_jax.training.config.schema import METHOD_KEYS, Config, LossConfig, adapter_config
 from mora_jax.training.display import RunInfo
 from mora_jax.training.optimizer import check_named
 from mora_jax.training.preferences import reference_of
@@ -60,6 +60,7 @@ class Setup:
         loaded: whether the model was loaded for this run, and is as its files are.
         optimizer: of optax, in place of what the configuration names.
         start: the hash of the adapters that training goes on with, where they are part of a cached reference.
+        method: the method with its settings, in a few words.
     """
 
     config: Config
@@ -74,6 +75,7 @@ class Setup:
     loaded: bool = True
     optimizer: Any = None
     start: str | None = None
+    method: str = ""
 
     @property
     def evaluates(self) -> bool:
@@ -150,7 +152,7 @@ class Setup:
         padding, resumed = self.plan.padding(self.batches.length), f", continuing after step {first_step:,}"
         facts = {
             "model": f"{config.model.path} ({model.dtype.name}{stored}, attention by {attention})",
-            "method": f"{describe_method(config.adapter)}{layers}",
+            "method": f"{self.method}{layers}",
             "trained": f"{attached.trainable:,} of {attached.total:,} parameters "
             f"({attached.trainable / attached.total:.2%})",
             "loss": f"{describe_loss(config.loss)}: {report.trained_fraction:.1%} of the tokens carry loss",
@@ -188,12 +190,11 @@ class Setup:
         return notes
 
 
-def describe_method(config: AdapterConfig) -> str:
-    """The method with its settings, in a few words."""
-    method = adapter_config(config)
-    kind = f" {method.kind}" if "kind" in METHOD_KEYS[config.method] else ""
-    sizes = [f"{name} {getattr(method, name):g}" for name in ("rank", "alpha") if hasattr(method, name)]
-    return ", ".join((f"{config.method}{kind}", *sizes, *method.details))
+def describe_method(name: str, method: Any) -> str:
+    """A method with its settings, in a few words."""
+    kind = f" {method.kind}" if "kind" in METHOD_KEYS[name] else ""
+    sizes = [f"{size} {getattr(method, size):g}" for size in ("rank", "alpha") if hasattr(method, size)]
+    return ", ".join((f"{name}{kind}", *sizes, *method.details))
 
 
 def describe_loss(loss: LossConfig) -> str:
@@ -335,7 +336,13 @@ def prepare(config: Config, objects: InMemory = NOTHING_IN_MEMORY, encode: Encod
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reference=reference))
     loaded, goes_on = objects.model is None, given or config.adapter.path is not None
     start = arrays_hash(model, AdapterParam) if reference == "cached" and goes_on else None
-    parts = model, tokenizer, attached, train, evaluation, plan, mesh, tasks, loaded, objects.optimizer, start
+    section, trained_on = config.adapter, goes_on and not config.adapter.config_class.changes_base
+    # Of an adapter that training goes on with, its own settings; others train biases beside it.
+    held = (
+        min((entry.config for entry in adapters_of(model)), key=lambda held: held.biases_alone) if trained_on else None
+    )
+    method = describe_method(section.method, held or adapter_config(section))
+    parts = model, tokenizer, attached, train, evaluation, plan, mesh, tasks, loaded, objects.optimizer, start, method
     return Setup(config, *parts)
 
 

@@ -20,6 +20,7 @@ from mora_jax.errors import InputError
 from mora_jax.training import loop
 from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.display import Display
+from mora_jax.training.run.publish import model_card
 from tests.evaluation import tiny
 
 ROWS = [{"instruction": f"Say {word}", "input": "", "output": word} for word in ("red", "blue", "green", "black")] * 2
@@ -107,6 +108,18 @@ def test_a_model_is_trained_in_place_and_trained_on(model_path, result):
     assert again.metrics[0]["loss"] != found.metrics[0]["loss"]
     with pytest.raises(InputError, match="the model carries adapters already"):
         tune(model)
+
+
+def test_what_is_said_of_an_adapter_that_a_run_starts_from_is_its_own(model_path, tmp_path):
+    model = mj.load_pretrained(model_path, dtype="float32")[0]
+    mj.attach(model, mj.LoRAConfig(rank=3, alpha=9, targets=("q_proj", "down_proj")), rngs=nnx.Rngs(0))
+    mj.save_adapter(model, tmp_path / "start")
+    shown = io.StringIO()
+    keys = {"adapter.path": str(tmp_path / "start")}
+    found = tune(model_path, adapter=None, keys=keys, steps=1, display=Display(shown))
+    words = "lora, rank 3, alpha 9"
+    assert f"{words} on " in shown.getvalue() and found.summary["method_settings"] == words
+    assert f"| method | {words} |" in model_card(found.config, found.summary, "me/tuned")
 
 
 def test_full_fine_tuning_goes_on(model_path):

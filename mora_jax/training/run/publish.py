@@ -16,7 +16,7 @@ from mora_jax.paths import local_path
 from mora_jax.training.config.schema import Config
 from mora_jax.training.run.directory import RunDirectory
 from mora_jax.training.run.saving import result_name
-from mora_jax.training.setup import describe_loss, describe_method
+from mora_jax.training.setup import describe_loss
 from mora_jax.training.update_rules import OBJECT
 
 #: What of a summary is a score, in words, in the card's order; tasks' and preferences' come behind these.
@@ -129,7 +129,7 @@ def model_card(config: Config, summary: Mapping[str, Any], repo_id: str, *, lice
     share = summary.get("trained_fraction")
     facts = {
         "base": base if on_hub else PurePath(base).name,
-        "method": describe_method(config.adapter),
+        "method": summary.get("method_settings") or config.adapter.method,
         "trained": f"{trained:,} of {total:,} parameters ({trained / total:.2%})" if trained and total else None,
         "data": ", ".join(name if is_hub_id(name) else PurePath(name).name for name in data),
         "loss": describe_loss(config.loss) + (f"; {share:.1%} of the tokens carry loss" if share else ""),

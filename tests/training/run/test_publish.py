@@ -13,6 +13,7 @@ from mora_jax.training.config.schema import Config, lay_over
 from mora_jax.training.run.publish import model_card, push_to_hub
 
 SUMMARY = {
+    "method_settings": "lora, rank 8, alpha 16",
     "trainable_parameters": 1000,
     "total_parameters": 200_000,
     "steps": 7,
