@@ -28,18 +28,20 @@ class Bank(Adapter):
 
     Attributes:
         slots: how many there are, N.
-        scaling: float32 `[*layers, N]`; 0 where an adapter leaves the matrix alone, and for empty slots.
+        scaling: `[*layers, N]`, of the factors' dtype; 0 where an adapter leaves the matrix alone and for empty slots.
         chosen: int32 `[*layers]`, the slot of all rows, or `[*layers, B]`, the slot of each.
     """
 
     factors: ClassVar[tuple[str, ...]]
 
-    def __init__(self, in_features: int, out_features: int, config: Any, *, slots: int, **placing: Any):
-        """Takes what every adapter takes (see `Adapter`)."""
+    def __init__(
+        self, in_features: int, out_features: int, config: Any, *, slots: int, dtype: Any = jnp.float32, **placing: Any
+    ):
+        """Takes what every adapter takes (see `Adapter`), how many slots there are, and the dtype of what they hold."""
         super().__init__(in_features, out_features, config, **placing)
         self.slots = slots
         layers, names = self.scaling.shape, ("layers",) * self.scaling.ndim
-        self.scaling = AdapterState(jnp.zeros((*layers, slots), jnp.float32), axes=(*names, "slots"))
+        self.scaling = AdapterState(jnp.zeros((*layers, slots), dtype), axes=(*names, "slots"))
         self.chosen = AdapterState(jnp.full(layers, NO_SLOT, jnp.int32), axes=self.stacked())
 
     @property
@@ -48,7 +50,7 @@ class Bank(Adapter):
         return tuple(self.scaling.shape[:-1])
 
     def _factor(self, *shape: int, axes: tuple[str, str]) -> AdapterParam:
-        return self.filled(0.0, (self.slots, *shape), "slots", *axes)
+        return self.filled(0.0, (self.slots, *shape), "slots", *axes, dtype=self.scaling.dtype)
 
     def arrays(self) -> dict[str, nnx.Variable]:
         """What a slot holds, by name: `[*layers, N, …]`."""
@@ -63,8 +65,8 @@ class Bank(Adapter):
         axis = len(self.layers)
         for name, variable in self.arrays().items():
             array = variable[...]
-            value = values.get(name, np.zeros(np.delete(array.shape, axis), np.float32))
-            variable.set_value(_put(array, jnp.asarray(value, jnp.float32), slot, axis))
+            value = values.get(name, np.zeros(np.delete(array.shape, axis)))
+            variable.set_value(_put(array, jnp.asarray(value, array.dtype), slot, axis))
 
     def copy_from(self, other: Bank) -> None:
         """Takes the contents of a bank of the same matrix that has no more slots and no higher rank."""

@@ -11,6 +11,7 @@ from mora_jax.adapters.attach import detach, undone_on_error
 from mora_jax.adapters.bank import Bank, LoRABank, MoRABank
 from mora_jax.adapters.config import LoRAConfig, MoRAConfig
 from mora_jax.adapters.merge import Merged, merge
+from mora_jax.adapters.products.matmul import wide
 from mora_jax.adapters.projection import OutputHead
 from mora_jax.adapters.sites import Site, adapted_sites, sites
 from mora_jax.adapters.slots import NO_SLOT, use
@@ -350,7 +351,9 @@ def _bank_with_room(place: Site, configs: list[Any], slots: int, rank: int) -> B
     if place.of_experts:
         raise InputError(f"{place.title} has an adapter for each expert, of which there can be one alone: merge it")
     bank_class: Any = MoRABank if isinstance(config, MoRAConfig) else LoRABank
-    bank = bank_class(place.in_features, place.out_features, config, slots=slots, **place.layout)
+    bank = bank_class(
+        place.in_features, place.out_features, config, slots=slots, dtype=wide(place.dtype), **place.layout
+    )
     if old is not None:
         bank.copy_from(old)
         place.take_adapter()
@@ -362,7 +365,7 @@ def _write_slot(place: Site, bank: Bank, slot: int, by_path: ValuesByPath) -> No
     """Writes an adapter's values at one place: zeros for layers without any, those of a lower rank padded."""
     stack, values = len(bank.layers), {}
     for name, variable in bank.arrays().items():
-        array = np.zeros(variable.shape[:stack] + variable.shape[stack + 1 :], np.float32)
+        array = np.zeros(variable.shape[:stack] + variable.shape[stack + 1 :], variable.dtype)
         for layer, path in enumerate(place.paths):
             if path in by_path:
                 put_padded(array, place.index(layer), by_path[path].values[name])

@@ -252,3 +252,19 @@ def test_combinations_keep_float64(name, how):
     install(other, by_path)
     assert conversion.error < 1e-13
     np.testing.assert_allclose(other.up(x), base + (0.3 - 1.1 * 0.7) * (y - base), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "mora", "rotation"])
+def test_slots_keep_float64(name):
+    (one, y), (other, _) = layer_of(name), layer_of(name)
+    nnx.update(other, jax.tree.map(lambda array: -0.3 * array, nnx.state(other, mj.AdapterParam)))
+    x, model = draw(4, IN), nnx.clone(one)
+    mj.detach(model)
+    named = mj.NamedAdapters(model)
+    named.add("one", one)
+    named.add("other", other)
+    named.set_active(["one", "other", "one", "other"])
+    expected = np.where([[True], [False], [True], [False]], y, other.up(x))
+    np.testing.assert_allclose(model.up(x), expected, rtol=1e-12, atol=1e-12)
+    named.keep("one")
+    np.testing.assert_allclose(model.up(x), y, rtol=1e-12, atol=1e-12)
