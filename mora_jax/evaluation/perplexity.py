@@ -42,8 +42,8 @@ class DatasetScores:
         prompt_tokens: number of instruction tokens, the first of an example left out.
         nll_stderr, accuracy_stderr: standard errors, over examples (never over tokens, which depend on each other);
             None for a single example.
-        example_nll: mean over examples of their own mean, which training on means of examples lowers; None where no
-            example has been looked at by itself.
+        example_nll: mean over examples of their own mean, each by its row's weight, which training on means of
+            examples lowers; None where no example has been looked at by itself.
     """
 
     nll: float
@@ -120,7 +120,9 @@ def score(
     if not of_answers.weight:
         raise InputError("no token carries loss: the weights of all rows are 0")
     # An example of no such token says nothing.
-    examples = [dict(zip(TokenSums._fields, row, strict=True)) for row in by_row[0].T.tolist() if row[3]]
+    said = [(number, row) for number, row in zip(order, by_row[0].T.tolist(), strict=True) if row[3]]
+    examples = [dict(zip(TokenSums._fields, row, strict=True)) for _, row in said]
+    means = [row["nll"] / row["weight"] for row in examples]
     return DatasetScores(
         nll=of_answers.nll / of_answers.weight,
         accuracy=of_answers.correct / of_answers.tokens,
@@ -130,7 +132,7 @@ def score(
         prompt_tokens=int(of_prompts.tokens),
         nll_stderr=Ratio("nll", "nll", "weight")(examples).stderr,
         accuracy_stderr=Ratio("accuracy", "correct", "tokens")(examples).stderr,
-        example_nll=sum(row["nll"] / row["weight"] for row in examples) / len(examples),
+        example_nll=float(np.average(means, weights=[dataset[number].weight for number, _ in said])),
     )
 
 

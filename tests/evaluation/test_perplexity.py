@@ -60,6 +60,13 @@ def token_rows(*weights):
     return [TokenRow(tuple(range(1, 5)), (0.0, *row), source=f"f.jsonl, row {n}") for n, row in enumerate(weights, 1)]
 
 
+def test_the_mean_over_examples_takes_the_weights_of_rows(model, tokenizer):
+    rows = [TokenRow((1, 2, 3), (0.0, 1.0, 2.0), weight=3.0), TokenRow((4, 5, 6, 7), (0.0, 1.0, 0.0, 1.0), weight=0.5)]
+    alone = [score(model, EncodedDataset.build([row], tokenizer)).nll for row in rows]
+    found = score(model, EncodedDataset.build(rows, tokenizer)).example_nll
+    assert found == pytest.approx((3 * alone[0] + 0.5 * alone[1]) / 3.5, rel=1e-5)
+
+
 def test_weights_beyond_float32_are_refused_and_large_ones_are_not(model, tokenizer):
     dataset = EncodedDataset.build(token_rows([1, 2, 3], [3e38, 3e38, 0]), tokenizer)
     with pytest.raises(InputError, match=r"f.jsonl, row 2: the weights .* more than float32 holds"):
