@@ -173,7 +173,7 @@ def finetune(
             jax keeps what is compiled meanwhile in the user's cache folder (see `log.compilation_cache`); afterwards
             its settings are as before.
         callbacks: each is called with every row of metrics, of steps and of evaluations, in order; one that returns
-            True ends the training after the current step.
+            True ends the training after the step that runs meanwhile, the next one.
         config: any other keys of the configuration by dotted name: `{"data.max_length": 128}`.
         overwrite: replace a run that is in `out`.
         resume: go on with a run that is in `out`, of the same model, rows and settings, from its newest checkpoint;

@@ -166,7 +166,7 @@ class Hook(contextlib.AbstractContextManager["Hook"]):
 
 
 class Callbacks(Hook):
-    """Functions of a user's, called with every row: one that answers True ends the run after the step at hand."""
+    """A user's functions, called with every row: one that answers True ends the run one step later."""
 
     def __init__(self, functions: Sequence[Callback]) -> None:
         self._functions = tuple(functions)

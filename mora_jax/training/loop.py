@@ -164,7 +164,7 @@ class Trainer:
         setup: what to train on what.
         directory: where it is recorded.
         display: what the user sees.
-        callbacks: called with every row of metrics; one that returns True ends the training after the step at hand.
+        callbacks: called with every row of metrics; one that returns True ends it after the step that runs meanwhile.
         hooks: called before the run's own.
         signals: ask it to stop; None: those that this process gets while `run` lasts.
         runner_for: gives what holds the arrays in place of the runner that was put together, as for a run among several
