@@ -120,8 +120,8 @@ def score(
     if not of_answers.weight:
         raise InputError("no token carries loss: the weights of all rows are 0")
     # An example of no such token says nothing.
-    said = [(number, row) for number, row in zip(order, by_row[0].T.tolist(), strict=True) if row[3]]
-    examples = [dict(zip(TokenSums._fields, row, strict=True)) for _, row in said]
+    scored = [(number, row) for number, row in zip(order, by_row[0].T.tolist(), strict=True) if row[3]]
+    examples = [dict(zip(TokenSums._fields, row, strict=True)) for _, row in scored]
     means = [row["nll"] / row["weight"] for row in examples]
     return DatasetScores(
         nll=of_answers.nll / of_answers.weight,
@@ -132,7 +132,7 @@ def score(
         prompt_tokens=int(of_prompts.tokens),
         nll_stderr=Ratio("nll", "nll", "weight")(examples).stderr,
         accuracy_stderr=Ratio("accuracy", "correct", "tokens")(examples).stderr,
-        example_nll=float(np.average(means, weights=[dataset[number].weight for number, _ in said])),
+        example_nll=float(np.average(means, weights=[dataset[number].weight for number, _ in scored])),
     )
 
 

@@ -73,7 +73,7 @@ def sweep(
         out: the sweep's folder, with a run directory a run below `runs`; None writes nothing. A sweep that was stopped
             goes on if it is called again with the same arguments.
         callbacks: each is called with every row of metrics of every run, which has the run's name under `run`; one that
-            returns True ends that run after its step.
+            returns True ends that run one step later.
         config: any other keys of the configuration by dotted name.
         at_once: the most runs that train together, where memory is short; None for no limit.
         overwrite: replace a sweep that is in `out`.

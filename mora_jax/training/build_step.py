@@ -1,6 +1,5 @@
 """One training step put together from a model and a configuration: what `train` runs and `plan` compiles."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from mora_jax.training.relora import Restarts
 from mora_jax.training.sharding.mesh import put
 from mora_jax.training.sharding.rules import Placement, axes_of, placed
 from mora_jax.training.sharding.runner import JitRunner, PmapRunner
-from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state, optimizer_start
+from mora_jax.training.state import Arrays, Structure, TrainState, flat_arrays, initial_state
 from mora_jax.training.step import StepConfig, make_step
 
 
@@ -61,10 +60,9 @@ class Assembly(NamedTuple):
             return self.runner.place(self.initial_state(seed))
         places = self.runner.places(jax.eval_shape(lambda: self.initial_state(seed)))
         adapters = put(self.adapters, places.adapters)
-        start = functools.partial(optimizer_start, self.optimizer)
-        optimizer = jax.jit(start, out_shardings=places.optimizer)(adapters)
-        state = initial_state({}, optax.identity(), seed)._replace(adapters=adapters, optimizer=optimizer)
-        return put(state, places)
+        optimizer = jax.jit(self.optimizer.init, out_shardings=places.optimizer)(adapters)
+        start = initial_state({}, optax.identity(), seed)._replace(adapters=adapters, optimizer=optimizer)
+        return put(start, places)
 
 
 def assemble(

@@ -336,12 +336,10 @@ def prepare(config: Config, objects: InMemory = NOTHING_IN_MEMORY, encode: Encod
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, reference=reference))
     loaded, goes_on = objects.model is None, given or config.adapter.path is not None
     start = arrays_hash(model, AdapterParam) if reference == "cached" and goes_on else None
-    section, trained_on = config.adapter, goes_on and not config.adapter.config_class.changes_base
-    # Of an adapter that training goes on with, its own settings; others train biases beside it.
-    held = (
-        min((entry.config for entry in adapters_of(model)), key=lambda held: held.biases_alone) if trained_on else None
-    )
-    method = describe_method(section.method, held or adapter_config(section))
+    # An adapter that training goes on with has settings of its own; entries that train biases alone stand beside it.
+    held = [] if config.adapter.config_class.changes_base or not goes_on else [e.config for e in adapters_of(model)]
+    settings = min(held, key=lambda each: each.biases_alone, default=adapter_config(config.adapter))
+    method = describe_method(config.adapter.method, settings)
     parts = model, tokenizer, attached, train, evaluation, plan, mesh, tasks, loaded, objects.optimizer, start, method
     return Setup(config, *parts)
 

@@ -95,22 +95,17 @@ def flat_arrays(state: nnx.State) -> Arrays:
 
 
 def initial_state(adapters: Arrays, optimizer: Any, seed: int) -> TrainState:
-    """The state before the first step."""
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step, adapters, optimizer_start(optimizer, adapters), jax.random.key(seed), Skips.none())
-
-
-def optimizer_start(optimizer: Any, adapters: Arrays) -> Any:
-    """The optimizer's state before the first step. No array is in it or among the adapters twice: steps donate both."""
+    """The state before the first step, in which no array is there twice: steps donate all of it."""
     seen = {id(array) for array in adapters.values()}
 
     def once(array: Any) -> Any:
-        if id(array) in seen:
+        if id(array) in seen:  # of an optimizer that keeps the parameters, such as optax.contrib.prodigy
             return jnp.copy(array)
         seen.add(id(array))
         return array
 
-    return jax.tree.map(once, optimizer.init(adapters))
+    step, optimizer_state = jnp.zeros((), jnp.int32), jax.tree.map(once, optimizer.init(adapters))
+    return TrainState(step, adapters, optimizer_state, jax.random.key(seed), Skips.none())
 
 
 def ordered_after(taken: Array, adapters: Arrays) -> Array:

@@ -199,8 +199,8 @@ def alpha_for(scaling: np.ndarray | np.floating, rank: int, power: float) -> flo
     """The shortest alpha whose scaling, `alpha / rank ** power`, is this one in its own dtype."""
     alpha = float(scaling) * math.pow(rank, power)
     shortened = (float(f"{alpha:.{digits}g}") for digits in range(1, 18))
-    kept = scaling.dtype.type
-    return next((short for short in shortened if kept(short / math.pow(rank, power)) == scaling), alpha)
+    dtype = scaling.dtype.type
+    return next((short for short in shortened if dtype(short / math.pow(rank, power)) == scaling), alpha)
 
 
 def lora_config(values: dict[str, Any], path: str) -> LoRAConfig | MoRAConfig:
